@@ -1,0 +1,61 @@
+"""Where state lives when parameters are sharded, and what is refused."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim._types import NewState, compute_dtype
+
+# a lone vector of this many elements in a projected group is a flattened model, not a bias
+_FLATTENED = 1 << 20
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Say whether `x` is a DTensor, without importing that machinery."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def allocator(like: Tensor, owner: str) -> NewState:
+    """Return a function that allocates state of `like`: on its device, and sharded as it is.
+
+    Args:
+        like: the parameter.
+        owner: the optimizer's name, for the message.
+    """
+
+    def new(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or compute_dtype(like)
+        if not is_sharded(like):
+            return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+        if tuple(shape) == tuple(like.shape):
+            return torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        raise RuntimeError(
+            f"{owner}: a DTensor parameter of shape {tuple(like.shape)} cannot be projected: its state would not be "
+            "sharded as it is. Keep it in a group without a rank (AdamW, which works under FSDP2), or shard the "
+            "optimizer with DDP and ZeroRedundancyOptimizer"
+        )
+
+    return new
+
+
+def refuse_flattened(p: Tensor, owner: str) -> None:
+    """Raise for a parameter that has lost its matrix shape to FSDP1 or DeepSpeed ZeRO."""
+    flat = type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id")
+    if flat:
+        raise RuntimeError(
+            f"{owner}: got a flattened parameter ({type(p).__name__}), which has lost its matrix shape. "
+            "Use FSDP2 (fully_shard), or DDP with ZeroRedundancyOptimizer, both of which keep whole parameters"
+        )
+
+
+def refuse_flattened_group(params: Sequence[Tensor], owner: str) -> None:
+    """Raise for a group that is to be projected and holds nothing but one huge vector, as ZeRO-1 and 2 make it."""
+    if len(params) == 1 and params[0].dim() == 1 and params[0].numel() >= _FLATTENED:
+        raise RuntimeError(
+            f"{owner}: a group with a rank holds one vector of {params[0].numel()} elements, which looks like a "
+            "flattened model (DeepSpeed ZeRO, FSDP1): the matrices that a rank is for are gone. Use FSDP2 or "
+            "ZeroRedundancyOptimizer, or leave `rank` out of this group"
+        )

@@ -1,0 +1,238 @@
+"""The one step loop, the one reload, and the eager, tensor-only state."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank_optim import distributed, ops
+from lowrank_optim._checks import check_group
+from lowrank_optim._types import NewState, Rule, State, Tick, compute_dtype
+
+Group = dict[str, Any]
+StateDict = dict[str, Any]
+
+FORMAT_VERSION = 1
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """A group is plain data; `_rule` turns it into behaviour; `step` is written once.
+
+    State is created with the optimizer, for every parameter that requires a gradient, so that its keys and shapes are
+    the same on every rank and a checkpoint loads before the first step. It is tensors under stable names, moments in
+    float32 (float64 for float64 parameters), `step` a float32 scalar on the CPU.
+
+    Attributes:
+        chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
+            bytes of temporaries; a parameter that needs more is stepped alone.
+    """
+
+    chunk_bytes: ClassVar[int] = 64 << 20
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        defaults = {**defaults, "format_version": FORMAT_VERSION}
+        self._check(defaults, defaults)
+        # host copies of the step tensors, so that a step never waits for a device: see `_taken`
+        self._clocks: dict[Tensor, tuple[Tensor, int, int]] = {}
+        super().__init__(params, defaults)
+
+    def _rule(self, group: Group, p: Tensor) -> Rule:
+        """Return what is done with a parameter of this shape under this group's numbers."""
+        raise NotImplementedError
+
+    def _check(self, group: Group, known: Group) -> None:
+        """Raise ValueError for a value out of range, or a key that looks like a misspelt one of `known`."""
+        check_group(group, known)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group and create its state; on an error the optimizer is left as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group, self.defaults)
+            if group.get("rank") is not None:
+                distributed.refuse_flattened_group(group["params"], type(self).__name__)
+            for p in group["params"]:
+                if p.requires_grad:
+                    self.state[p] = self._new_state(p, group)
+        except (ValueError, RuntimeError):
+            self.param_groups.pop()
+            for p in group["params"]:
+                self.state.pop(p, None)
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one update of every parameter that has a gradient.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        turns = self._turns()
+        for group in self.param_groups:
+            for rule, params in self._chunks(group):
+                self._update_(rule, params, group, turns)
+        return loss
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state, keeping the dtype that each tensor was saved in (torch casts it to the parameter's).
+
+        Raises:
+            ValueError: when a tensor has not the shape that this model and the saved group need, or the state was
+                saved by a newer version. Nothing has been changed then.
+        """
+        saved: StateDict = {}
+
+        def look(_: torch.optim.Optimizer, loaded: StateDict) -> None:
+            self._check_loadable(loaded)
+            saved.update(loaded)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for pid, p, _group in _pairs(saved["param_groups"], self.param_groups):
+                if pid in saved["state"]:
+                    self.state[p] = {name: _kept(name, value, p) for name, value in saved["state"][pid].items()}
+
+        # as hooks, after the user's own that prepare the dict and before those that look at the result
+        hooks = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)
+        self._clocks = {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def _update_(self, rule: Rule, params: list[Tensor], group: Group, turns: dict[Tensor, float]) -> None:
+        grads = [self._gradient(p, maximize=group["maximize"]) for p in params]
+        states = [self.state[p] for p in params]
+        ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
+        for p, tick, update in zip(params, ticks, rule.updates(grads, states, ticks), strict=True):
+            if update is not None:
+                ops.apply_(p, update, lr=group["lr"], weight_decay=group["weight_decay"])
+                step = self.state[p]["step"].fill_(tick.step)
+                self._clocks[p] = (step, step._version, tick.step)
+
+    def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
+        """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""
+        buckets: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                self._follow(p, group)
+                buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        for params in buckets.values():
+            rule = self._rule(group, params[0])
+            # a float32 gradient, a direction, and a float32 weight where the parameter is of lower precision
+            need = 3 * params[0].numel() * compute_dtype(params[0]).itemsize
+            size = max(1, self.chunk_bytes // max(1, need))
+            for start in range(0, len(params), size):
+                yield rule, params[start : start + size]
+
+    def _gradient(self, p: Tensor, *, maximize: bool) -> Tensor:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse or grad.layout != torch.strided:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use torch.optim.SparseAdam")
+        grad = grad.to(compute_dtype(p))
+        return -grad if maximize else grad
+
+    def _turns(self) -> dict[Tensor, float]:
+        """Spread the matrices evenly over [0, 1), in the order in which they were given."""
+        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
+        return {p: i / len(matrices) for i, p in enumerate(matrices)}
+
+    def _taken(self, p: Tensor) -> int:
+        """Return how many updates `p` has had, reading the tensor only when something else has written to it."""
+        step = self.state[p]["step"]
+        known = self._clocks.get(p)
+        if known is None or known[0] is not step or known[1] != step._version:
+            known = self._clocks[p] = (step, step._version, int(step.item()))
+        return known[2]
+
+    def _new_state(self, p: Tensor, group: Group) -> State:
+        owner = type(self).__name__
+        if p.is_complex():
+            raise RuntimeError(f"{owner} does not support complex parameters; optimize torch.view_as_real of them")
+        distributed.refuse_flattened(p, owner)
+        return {"step": torch.tensor(0.0)} | self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
+
+    def _follow(self, p: Tensor, group: Group) -> None:
+        """Give `p` its state: created if it was frozen until now, moved if the model has moved since."""
+        state: State = self.state.get(p, {})
+        anchor = next((v for name, v in state.items() if name != "step"), None)
+        if not state or (anchor is not None and anchor.is_meta and not p.is_meta):
+            self.state[p] = self._new_state(p, group)
+        elif anchor is not None and anchor.device != p.device:
+            self.state[p] = {name: v if name == "step" else v.to(p.device) for name, v in state.items()}
+        elif p.dtype == torch.float64 and anchor is not None and anchor.dtype == torch.float32:
+            self.state[p] = {name: v if name == "step" else v.double() for name, v in state.items()}
+
+    def _check_loadable(self, loaded: StateDict) -> None:
+        for group in loaded["param_groups"]:
+            if group.get("format_version", 1) > FORMAT_VERSION:
+                raise ValueError(
+                    f"the state was saved in format {group['format_version']}, by a newer lowrank_optim; "
+                    f"this one reads up to {FORMAT_VERSION}"
+                )
+        for pid, p, group in _pairs(loaded["param_groups"], self.param_groups):
+            found = loaded["state"].get(pid)
+            if not found:
+                continue
+            group = {**self.defaults, **group}
+            self._check(group, self.defaults)
+            for name, need in self._rule(group, p).init(p.shape, _shapes(p)).items():
+                have = tuple(found[name].shape) if name in found else None
+                if have != tuple(need.shape):
+                    raise ValueError(
+                        f"the saved state of parameter {pid} has {name} of shape {have}, and a parameter of shape "
+                        f"{tuple(p.shape)} at rank {group.get('rank')} needs {tuple(need.shape)}: "
+                        "is it a checkpoint of this model and this optimizer?"
+                    )
+
+
+def _pairs(saved: list[Group], own: list[Group]) -> Iterator[tuple[Any, Tensor, Group]]:
+    """Yield (saved id, parameter, saved group) in order; torch itself refuses lists that do not match."""
+    for old, new in zip(saved, own, strict=False):
+        for pid, p in zip(old["params"], new["params"], strict=False):
+            yield pid, p, old
+
+
+def _kept(name: str, value: Any, p: Tensor) -> Any:
+    """Return a copy of one saved state value where it belongs, in its own dtype."""
+    if name == "step":
+        return torch.as_tensor(value, dtype=torch.float32).detach().to("cpu", copy=True)
+    return value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _shapes(p: Tensor) -> NewState:
+    """Return an allocator of nothing but shapes."""
+
+    def new(shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype or compute_dtype(p), device="meta")
+
+    return new
