@@ -13,8 +13,8 @@ from lowrank_optim._types import Factored, NewState, State
 Side = Literal["left", "right", "both"]
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
-# products with the gradient that turn a random start into a first basis
-_START_ITERATIONS = 2
+# power iterations that turn a random start into a first basis: one keeps the first step near an ordinary one's time
+_START_ITERATIONS = 1
 
 
 def resolve(rank: int | float, proj_type: str, shape: tuple[int, int]) -> tuple[int, Side]:
@@ -73,7 +73,7 @@ class _Orthonormal:
         return Factored(state["basis"], coords @ state["basis_right"] if self.side == "both" else coords)
 
     def start_(self, state: State, grad: Tensor) -> None:
-        """Randomized range finder from a fixed private seed: two block power iterations."""
+        """Randomized range finder from a fixed private seed: one block power iteration."""
         source = torch.Generator(grad.device).manual_seed(0)
         for basis in self._bases(state):
             basis.copy_(torch.randn(basis.shape, generator=source, dtype=basis.dtype, device=basis.device))

@@ -48,7 +48,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group and create its state; on an error the optimizer is left as it was."""
-        super().add_param_group(param_group)
+        # a copy: torch fills in the dict that it is given, and the same groups may serve two optimizers
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
         group = self.param_groups[-1]
         try:
             self._check(group, self.defaults)

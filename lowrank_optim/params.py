@@ -24,7 +24,10 @@ class ParamGroups(list[dict[str, Any]]):
         lines = []
         for group in self:
             params = group["params"]
-            options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", "name"))
+            if "param_names" in group:
+                # one of torch's optimizers has taken the group and put two lists in the place of pairs
+                params = list(zip(group["param_names"], params, strict=True))
+            options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", "param_names", "name"))
             count = sum(p.numel() for _, p in params)
             how = "" if "rank" in group else " [AdamW]"
             lines.append(f"{group['name']}{how}: {len(params)} parameters, {count:,} elements ({options})")

@@ -1,0 +1,347 @@
+"""The contract of the step loop: what it reads, what it writes, what it needs, and what it survives."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_optim import GaLoreAdamW
+from lowrank_optim._warn import warn_once
+from lowrank_optim.optimizer import RuleOptimizer
+
+
+def projected(*params, lr=1e-2, **options):
+    return GaLoreAdamW(list(params), lr=lr, **{"rank": 3, "update_proj_gap": 5, **options})
+
+
+def matrix(m=12, n=8, dtype=torch.float32):
+    return nn.Parameter(torch.randn(m, n, dtype=dtype))
+
+
+def step(opt, *grads):
+    params = [p for g in opt.param_groups for p in g["params"]]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    opt.step()
+
+
+@pytest.fixture
+def _said_nothing():
+    warn_once.cache_clear()
+
+
+class _HostSyncError(AssertionError):
+    pass
+
+
+@pytest.fixture
+def no_host_sync(monkeypatch):
+    def refuse(name):
+        def method(*_args, **_kwargs):
+            raise _HostSyncError(name)
+
+        return method
+
+    def forbid():
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "__array__"):
+            monkeypatch.setattr(torch.Tensor, name, refuse(name))
+
+    yield forbid
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("basis", ["svd", "subspace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lr", [1e-2, "tensor"])
+def test_no_host_sync_between_refreshes(no_host_sync, basis, dtype, lr):
+    lr = torch.tensor(1e-2) if lr == "tensor" else lr
+    params = [matrix(dtype=dtype), matrix(8, 12, dtype), nn.Parameter(torch.ones(5, dtype=dtype))]
+    opt = projected(*params, lr=lr, basis=basis, stagger=False, update_proj_gap=10, weight_decay=0.1)
+    step(opt, *[torch.randn_like(p) for p in params])
+    grads = [[torch.randn_like(p) for p in params] for _ in range(9)]
+    before = [p.detach().clone() for p in params]
+    no_host_sync()
+    for some in grads:
+        step(opt, *some)
+    with pytest.raises(_HostSyncError):
+        step(opt, *grads[0])  # the refresh boundary: the forbidden calls are really caught
+    assert not any((a is b) for a, b in zip(before, params, strict=True))
+
+
+def test_refreshes_take_turns():
+    """With a period of 10 and 5 matrices no step after the first refreshes more than one."""
+    params = [matrix() for _ in range(5)]
+    opt = projected(*params, update_proj_gap=10)
+    moved = []
+    for _ in range(31):
+        before = [opt.state[p]["basis"].clone() for p in params]
+        step(opt, *[torch.randn_like(p) for p in params])
+        moved.append([not torch.equal(b, opt.state[p]["basis"]) for b, p in zip(before, params, strict=True)])
+    assert moved[0] == [True] * 5
+    assert all(sum(now) <= 1 for now in moved[1:])
+    for i in range(5):
+        turns = [t for t, now in enumerate(moved) if now[i] and t > 0]
+        assert turns == list(range(2 * i if i else 10, 31, 10))
+
+
+def test_without_stagger_refreshes_are_galores():
+    p = matrix()
+    opt = projected(p, stagger=False, update_proj_gap=7)
+    moved = []
+    for t in range(22):
+        before = opt.state[p]["basis"].clone()
+        step(opt, torch.randn_like(p))
+        if not torch.equal(before, opt.state[p]["basis"]):
+            moved.append(t)
+    assert moved == [0, 7, 14, 21]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("_said_nothing")
+def test_a_refresh_that_meets_nan_waits_and_says_so_once(bad):
+    """The matrix and its step stay as they are, the others go on, and the refresh is tried at the next step."""
+    hurt, well = matrix(), matrix()
+    opt = projected(hurt, well, stagger=False, update_proj_gap=4)
+    for _ in range(4):
+        step(opt, torch.randn_like(hurt), torch.randn_like(well))
+    before = [hurt.detach().clone(), well.detach().clone()]
+    state = copy.deepcopy(dict(opt.state[hurt]))
+    poisoned = torch.randn_like(hurt)
+    poisoned[2, 3] = bad
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(opt, poisoned, torch.randn_like(well))
+    assert [str(w.message) for w in said] == [str(said[0].message)]
+    assert "NaN or Inf" in str(said[0].message)
+    assert torch.equal(hurt, before[0])
+    assert not torch.equal(well, before[1])
+    for name, value in state.items():
+        assert torch.equal(opt.state[hurt][name], value)
+    step(opt, torch.randn_like(hurt), torch.randn_like(well))
+    assert not torch.equal(opt.state[hurt]["basis"], state["basis"])
+    assert torch.isfinite(hurt).all()
+    assert not torch.equal(hurt, before[0])
+
+
+@pytest.mark.usefixtures("_said_nothing")
+def test_a_decomposition_that_fails_keeps_the_old_basis(monkeypatch):
+    """LAPACK gives up on a finite gradient: the step is made in the old basis. The failure is injected into torch."""
+    p = matrix()
+    opt = projected(p, stagger=False, update_proj_gap=2)
+    for _ in range(2):
+        step(opt, torch.randn_like(p))
+    basis, weight = opt.state[p]["basis"].clone(), p.detach().clone()
+
+    def fail(*_args, **_kwargs):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    with pytest.warns(RuntimeWarning, match="could not be refreshed .failed to converge.*old one serves"):
+        step(opt, torch.randn_like(p))
+    assert torch.equal(opt.state[p]["basis"], basis)
+    assert not torch.equal(p, weight)
+    assert opt.state[p]["step"] == 3
+
+
+@pytest.mark.parametrize("basis", ["svd", "subspace"])
+def test_a_matrix_waits_for_its_first_nonzero_gradient(basis):
+    """As zero-initialized branches give it; the first real gradient then sets the basis."""
+    p = matrix()
+    opt = projected(p, basis=basis, weight_decay=0.1)
+    before = p.detach().clone()
+    for _ in range(3):
+        step(opt, torch.zeros_like(p))
+    assert torch.equal(p, before)
+    assert opt.state[p]["step"] == 0
+    step(opt, torch.randn_like(p))
+    gram = opt.state[p]["basis"] @ opt.state[p]["basis"].mT
+    torch.testing.assert_close(gram, torch.eye(3), rtol=0, atol=1e-5)
+    assert not torch.equal(p, before)
+
+
+def test_zero_gradients_later_keep_the_basis_and_go_on():
+    p = matrix()
+    opt = projected(p, stagger=False, update_proj_gap=3)
+    for _ in range(3):
+        step(opt, torch.randn_like(p))
+    basis = opt.state[p]["basis"].clone()
+    step(opt, torch.zeros_like(p))
+    assert torch.equal(opt.state[p]["basis"], basis)
+    assert opt.state[p]["step"] == 4
+    assert torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_lr_zero_leaves_weights_bit_identical(lr, dtype):
+    params = [matrix(dtype=dtype), nn.Parameter(torch.randn(7, dtype=dtype))]
+    opt = projected(*params, lr=lr, weight_decay=0.1)
+    before = [p.detach().clone() for p in params]
+    for _ in range(7):
+        step(opt, *[torch.randn_like(p) for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+@pytest.mark.parametrize("basis", ["svd", "subspace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maximize_is_minimizing_the_negated_loss_bit_for_bit(basis, dtype):
+    start = [torch.randn(12, 8, dtype=dtype), torch.randn(6, dtype=dtype)]
+    up, down = ([nn.Parameter(s.clone()) for s in start] for _ in range(2))
+    opts = projected(*up, basis=basis, maximize=True), projected(*down, basis=basis)
+    for _ in range(12):
+        grads = [torch.randn_like(p) for p in up]
+        step(opts[0], *grads)
+        step(opts[1], *[-g for g in grads])
+    assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
+
+
+def test_gradients_are_never_written_and_the_global_generator_never_used():
+    params = [matrix(), matrix(8, 12, torch.bfloat16), nn.Parameter(torch.ones(5))]
+    opt = projected(*params)
+    for _ in range(7):
+        grads = [torch.randn_like(p) for p in params]
+        copies = [g.clone() for g in grads]
+        random = torch.get_rng_state()
+        step(opt, *grads)
+        assert torch.equal(random, torch.get_rng_state())
+        for p, grad, kept in zip(params, grads, copies, strict=True):
+            assert p.grad is grad
+            assert torch.equal(grad, kept)
+
+
+@pytest.mark.parametrize("chunk", [1, 4096, 1 << 20])
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
+    def run():
+        torch.manual_seed(3)
+        params = [matrix() for _ in range(5)] + [matrix(8, 12), nn.Parameter(torch.ones(4))]
+        opt = projected(*params)
+        for _ in range(8):
+            step(opt, *[torch.randn_like(p) for p in params])
+        return params
+
+    expected = run()
+    monkeypatch.setattr(RuleOptimizer, "chunk_bytes", chunk)
+    assert all(torch.equal(a, b) for a, b in zip(expected, run(), strict=True))
+
+
+def test_a_frozen_parameter_has_no_state_until_it_trains():
+    frozen, free = matrix().requires_grad_(False), matrix()
+    opt = projected(frozen, free)
+    assert frozen not in opt.state
+    frozen.requires_grad_(True)
+    step(opt, torch.randn_like(frozen), torch.randn_like(free))
+    assert opt.state[frozen]["step"] == 1
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    used, unused = matrix(), matrix()
+    opt = projected(used, unused)
+    before = unused.detach().clone()
+    step(opt, torch.randn_like(used), None)
+    assert torch.equal(unused, before)
+    assert opt.state[unused]["step"] == 0
+    assert opt.state[used]["step"] == 1
+
+
+def test_the_state_follows_a_model_that_moves():
+    net = nn.Linear(8, 12)
+    opt = projected(*net.parameters())
+    net.double()
+    net(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
+    opt.step()
+    assert opt.state[net.weight]["exp_avg"].dtype == torch.float64
+    assert torch.isfinite(net.weight).all()
+
+
+def test_the_step_tensor_is_the_truth():
+    """The host's copy of it follows when somebody else writes to the tensor, or replaces it."""
+    p = matrix()
+    opt = projected(p, stagger=False, update_proj_gap=5)
+    step(opt, torch.randn_like(p))
+    opt.state[p]["step"].fill_(5)
+    basis = opt.state[p]["basis"].clone()
+    step(opt, torch.randn_like(p))
+    assert opt.state[p]["step"] == 6
+    assert not torch.equal(opt.state[p]["basis"], basis)
+    opt.state[p]["step"] = torch.tensor(10.0)
+    basis = opt.state[p]["basis"].clone()
+    step(opt, torch.randn_like(p))
+    assert opt.state[p]["step"] == 11
+    assert not torch.equal(opt.state[p]["basis"], basis)
+
+
+def test_state_is_eager_and_of_tensors_only():
+    params = [matrix(), nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor(2.0))]
+    opt = projected(*params)
+    keys = {p: {k: (v.shape, v.dtype) for k, v in opt.state[p].items()} for p in params}
+    for _ in range(6):
+        step(opt, *[torch.randn_like(p) for p in params])
+    assert keys == {p: {k: (v.shape, v.dtype) for k, v in opt.state[p].items()} for p in params}
+    assert all(isinstance(v, torch.Tensor) for s in opt.state.values() for v in s.values())
+    plain = (int, float, str, bool, tuple, list, type(None))
+    assert all(isinstance(v, plain) for g in opt.state_dict()["param_groups"] for v in g.values())
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
+    p, q = matrix(), matrix()
+    opt = projected(p)
+    with pytest.raises(ValueError, match="rank: 0"):
+        opt.add_param_group({"params": [q], "rank": 0})
+    assert len(opt.param_groups) == 1
+    assert q not in opt.state
+    opt.add_param_group({"params": [q], "rank": 2})
+    step(opt, torch.randn_like(p), torch.randn_like(q))
+    assert opt.state[q]["exp_avg"].shape == (12, 2)
+
+
+def test_what_cannot_be_optimized_is_refused_with_its_fix():
+    with pytest.raises(RuntimeError, match="GaLoreAdamW does not support complex parameters.*view_as_real"):
+        projected(nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64)))
+    embedding = nn.Embedding(10, 4, sparse=True)
+    opt = projected(*embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="GaLoreAdamW does not support sparse gradients.*SparseAdam"):
+        opt.step()
+    with pytest.raises(RuntimeError, match="flattened model.*FSDP2 or ZeroRedundancyOptimizer"):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(1 << 20))], "rank": 4}])
+    flat = nn.Parameter(torch.zeros(6))
+    flat.ds_id = 0
+    with pytest.raises(RuntimeError, match="lost its matrix shape.*fully_shard"):
+        projected(flat)
+
+
+def peak_extra_bytes(call):
+    """The largest number of bytes that `call` held at once beyond what was held before, as the allocator saw it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_meter_of_peaks_sees_a_known_temporary():
+    x = torch.ones(1000, 1000)
+    assert peak_extra_bytes(lambda: (x + 1).add_(1)) == pytest.approx(4e6, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [16, None])
+def test_a_step_needs_at_most_one_chunk(monkeypatch, dtype, rank):
+    """Peak extra memory of ordinary and of refreshing steps, with far more parameters than fit a chunk."""
+    chunk = 4 << 20
+    monkeypatch.setattr(RuleOptimizer, "chunk_bytes", chunk)
+    params = [nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in [(256, 512)] * 12 + [(512, 256)] * 12]
+    opt = GaLoreAdamW([{"params": params, "rank": rank, "update_proj_gap": 100, "basis": "svd"}])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    peaks = []
+    for _ in range(6):
+        peaks.append(peak_extra_bytes(opt.step))
+    assert sum(p.numel() * 4 for p in params) > 2 * chunk
+    assert max(peaks) <= chunk, peaks
