@@ -1,0 +1,188 @@
+"""Step time, worst step, state and peak extra memory of optimizers, measured side by side in one process.
+
+    python -m experiments.bench --threads 2 --out experiments/results/bench_cpu.json
+    python -m experiments.bench --gpu --out experiments/results/bench_gpu.json
+    python -m experiments.bench --workload tiny --gap 5 --entries adamw_fused galore_subspace
+
+All optimizers take turns, one step each a round, so that noise on a shared machine hits all the same. After the first
+step every step of the refresh period is timed in several periods and its fastest time kept; medians, minima and the
+worst step are taken over that period. Figures in parentheses are floors: the time this machine would need if memory
+moved at its copy bandwidth and arithmetic ran at its matrix-product speed, both measured in the same process.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.bench_measure import Limits, Racer, line_up, measure_extra, measure_limits, race
+from experiments.bench_workloads import ENTRIES, WORKLOADS, Workload, gradient_sets, least_work
+from experiments.machine import command, machine
+
+MIB = 2**20
+
+
+def summarize(racer: Racer, work: Workload, limits: Limits, gap: int) -> dict[str, Any]:
+    """All figures of one optimizer, each with its floor; times in milliseconds, memory in bytes."""
+    least = least_work(racer.entry, work)
+    period = racer.best_period(gap)
+    raw = torch.tensor(racer.times[1:], dtype=torch.float64) * 1e3
+    first, median, worst = racer.times[0] * 1e3, float(period.median()), float(period.max())
+    step_floor = limits.step_ms(least)
+    refresh = sorted((limits.refresh_ms(flops) for flops in least.refresh_flops), reverse=True)
+    # spread over the period, or all in one step; a short period has some in every step
+    at_once = -(-len(refresh) // gap) if racer.entry.stagger else len(refresh)
+    always = len(refresh) // gap if racer.entry.stagger or gap == 1 else 0
+    figures = {
+        "first_ms": first,
+        "first_floor_ms": step_floor + limits.refresh_ms(least.first_flops),
+        "median_ms": median,
+        "median_floor_ms": step_floor + sum(refresh[len(refresh) - always :]),
+        "min_ms": float(period.min()),
+        "worst_ms": worst,
+        "worst_floor_ms": step_floor + sum(refresh[:at_once]),
+        "worst_over_median": worst / median,
+        "worst_over_median_with_first": max(first, worst) / median,
+        "amortized_ms": float(period.mean()),
+        "amortized_floor_ms": step_floor + sum(refresh) / gap,
+        # as it came, noise included
+        "raw_median_ms": float(raw.median()),
+        "raw_worst_ms": float(raw.max()),
+        "state_bytes": racer.state[0],
+        "state_floor_bytes": least.state_bytes,
+        "state_held_bytes": racer.state[1],
+        "extra_ordinary_bytes": racer.extra["ordinary"],
+        "extra_ordinary_floor_bytes": least.extra_bytes,
+        "extra_worst_bytes": racer.extra["worst"],
+        "extra_worst_floor_bytes": least.refresh_extra_bytes,
+    }
+    return figures | {"step_ms": [round(seconds * 1e3, 4) for seconds in racer.times]}
+
+
+def bench(workload: str, names: Sequence[str], *, gap: int, periods: int, baseline: str, device: str) -> dict[str, Any]:
+    """Measure the named optimizers on one workload; the result is what the JSON file holds."""
+    work = WORKLOADS[workload]
+    limits = measure_limits(device, work.dtype, small=workload == "tiny")
+    sets = gradient_sets(work, device)
+    racers, absent = line_up({name: ENTRIES[name] for name in names}, work, gap, device, sets[0])
+    if baseline not in racers:
+        raise ValueError(f"baseline {baseline!r} was not measured; measured: {', '.join(racers)}")
+    race(racers, sets, gap, periods, device)
+    for racer in racers.values():
+        measure_extra(racer, work, sets, gap, device)
+    results = {name: summarize(racer, work, limits, gap) for name, racer in racers.items()}
+    for figures in results.values():
+        for key in ("median", "min", "amortized"):
+            figures[f"{key}_over_baseline"] = figures[f"{key}_ms"] / results[baseline][f"{key}_ms"]
+    return {
+        "workload": workload,
+        "shapes": [list(shape) for shape in work.shapes],
+        "parameters": work.numel,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "rank": work.rank,
+        "gap": gap,
+        "periods": periods,
+        "baseline": baseline,
+        "copy_gb_per_s": limits.copy_bytes_per_s / 1e9,
+        "matmul_gflop_per_s": limits.matmul_flops_per_s / 1e9,
+        "float32_matmul_gflop_per_s": limits.float32_matmul_flops_per_s / 1e9,
+        "results": results,
+        "absent": absent,
+    }
+
+
+def _with_floor(figures: dict[str, Any], key: str, unit: str) -> str:
+    scale = MIB if unit == "bytes" else 1
+    digits = 3 if unit == "bytes" else 4
+    return f"{figures[f'{key}_{unit}'] / scale:.{digits}g} ({figures[f'{key}_floor_{unit}'] / scale:.{digits}g})"
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The report as two Markdown tables, times and memory."""
+    base = report["baseline"]
+    lines = [
+        f"### {report['workload']}: {len(report['shapes'])} matrices, {report['parameters'] / 1e6:.1f}M parameters, "
+        f"{report['dtype']}, rank {report['rank']}, gap {report['gap']}",
+        "",
+        f"Milliseconds (floor). This machine: copy {report['copy_gb_per_s']:.1f} GB/s, matrix product "
+        f"{report['matmul_gflop_per_s']:.0f} GFLOP/s. Fastest of {report['periods']} refresh periods, step by step.",
+        "",
+        "| optimizer | first step | median | min | worst step | worst ÷ median | with the first | mean of a period "
+        f"| median ÷ {base} | mean ÷ {base} |",
+        "|---|" + "---:|" * 9,
+    ]
+    results = report["results"].items()
+    for name, row in results:
+        cells = [_with_floor(row, key, "ms") for key in ("first", "median")] + [f"{row['min_ms']:.4g}"]
+        cells += [_with_floor(row, "worst", "ms"), f"{row['worst_over_median']:.2f}"]
+        cells += [f"{row['worst_over_median_with_first']:.2f}", _with_floor(row, "amortized", "ms")]
+        cells += [f"{row['median_over_baseline']:.2f}", f"{row['amortized_over_baseline']:.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "MiB (floor). Held: storages that the state keeps alive, more than the state where it is a view of something.",
+        "",
+        f"| optimizer | state | held | state ÷ {base} | peak extra, ordinary step | peak extra, worst step |",
+        "|---|" + "---:|" * 5,
+    ]
+    for name, row in results:
+        ratio = row["state_bytes"] / report["results"][base]["state_bytes"]
+        cells = [_with_floor(row, "state", "bytes"), f"{row['state_held_bytes'] / MIB:.3g}", f"{ratio:.3f}"]
+        cells += [_with_floor(row, "extra_ordinary", "bytes"), _with_floor(row, "extra_worst", "bytes")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"Absent: {name}, {reason}." for name, reason in report["absent"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: 25m; with --gpu: 25m 1b 7b")
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES), help="optimizers, default: all")
+    parser.add_argument("--baseline", choices=ENTRIES, default="adamw_fused", help="ratios are to this one")
+    parser.add_argument("--gap", type=int, default=200, help="refresh period in steps")
+    parser.add_argument("--periods", type=int, default=2, help="refresh periods to time")
+    parser.add_argument("--threads", type=int, help="torch threads, default: torch's own choice")
+    parser.add_argument("--gpu", action="store_true", help="measure on the CUDA device")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON here")
+    args = parser.parse_args(argv)
+    for name in ("gap", "periods", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.baseline not in args.entries:
+        parser.error(f"--baseline {args.baseline} must be among --entries: {' '.join(args.entries)}")
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device, and torch finds none")
+    args.workload = args.workload or (["25m", "1b", "7b"] if args.gpu else ["25m"])
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, and save the figures."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if args.gpu else "cpu"
+    document: dict[str, Any] = {"command": command("experiments.bench", argv), "machine": machine(device)}
+    document["workloads"] = []
+    for workload in args.workload:
+        report = bench(
+            workload, args.entries, gap=args.gap, periods=args.periods, baseline=args.baseline, device=device
+        )
+        document["workloads"].append(report)
+        document["load_average_after"] = machine(device)["load_average"]
+        print(tables(report), flush=True)
+        if args.out:
+            # after every workload: a long run that is cut short keeps what it has
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

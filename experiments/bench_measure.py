@@ -1,0 +1,216 @@
+"""How `bench` measures: interleaved step times, peak extra memory of a step, and what this machine can do at best."""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.bench_workloads import Entry, Work, Workload, parameters, state_sizes
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, so that a wall clock means something."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _profiled() -> Iterator[profile]:
+    # kineto announces every start and stop on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        yield prof
+
+
+def _running_peak(prof: profile) -> int:
+    # the exported trace is the public face of the allocator's events; LAPACK workspaces that torch allocates are in it
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        prof.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    level = peak = 0
+    memory = (event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0)
+    for event in sorted(memory, key=lambda event: event["ts"]):
+        level += event["args"]["Bytes"]
+        peak = max(peak, level)
+    return peak
+
+
+def peak_extra_bytes(action: Callable[[], object], device: str = "cpu") -> int:
+    """Highest number of bytes allocated during `action` above what was allocated before it.
+
+    On the CPU the allocator tells the profiler of every block that torch allocates, also inside an operation; blocks
+    that MKL allocates for itself are not seen. The freeing of a block is seen only if its allocation was profiled.
+    """
+    if device != "cpu":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _profiled() as prof:
+        action()
+    return _running_peak(prof)
+
+
+@dataclass
+class Limits:
+    """What this machine does at best, measured in this process: the denominators of every floor."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+    float32_matmul_flops_per_s: float
+
+    def step_ms(self, work: Work) -> float:
+        """Least time of a step without refresh: memory traffic and arithmetic may overlap."""
+        return 1e3 * max(work.step_bytes / self.copy_bytes_per_s, work.step_flops / self.matmul_flops_per_s)
+
+    def refresh_ms(self, flops: int) -> float:
+        """Least time of a refresh, if a decomposition ran at the speed of a matrix product in float32."""
+        return 1e3 * flops / self.float32_matmul_flops_per_s
+
+
+def _best_seconds(action: Callable[[], object], device: str, repeats: int) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_limits(device: str, dtype: torch.dtype, small: bool = False) -> Limits:
+    """Copy bandwidth and matrix-product speed; `small` is for tests, where the figures need not be good."""
+    # far beyond any cache on a CPU
+    numel = 2**16 if small else 2**26
+    source, target = torch.ones(numel, device=device), torch.empty(numel, device=device)
+    # read once, written once
+    bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, 5)
+    size = 128 if small else (2048 if device == "cpu" else 8192)
+
+    def product_speed(kind: torch.dtype) -> float:
+        a, b = torch.randn(2, size, size, device=device).to(kind)
+        return 2 * size**3 / _best_seconds(lambda: a @ b, device, 5)
+
+    float32 = product_speed(torch.float32)
+    return Limits(bandwidth, float32 if dtype == torch.float32 else product_speed(dtype), float32)
+
+
+@dataclass
+class Racer:
+    """One optimizer on its own copy of the weights, with what has been measured of it."""
+
+    entry: Entry
+    params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    times: list[float] = field(default_factory=list)
+    state: tuple[int, int] = (0, 0)
+    extra: dict[str, int] = field(default_factory=dict)
+
+    def feed(self, grads: list[Tensor]) -> None:
+        """Hand over gradients; optimizers do not write them, so all racers share the same tensors."""
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g
+
+    def timed_step(self, device: str) -> None:
+        """One step, in seconds."""
+        synchronize(device)
+        start = time.perf_counter()
+        self.optimizer.step()
+        synchronize(device)
+        self.times.append(time.perf_counter() - start)
+
+    def best_period(self, gap: int) -> Tensor:
+        """Milliseconds of each step of a refresh period: the fastest of the periods, which is free of most noise."""
+        after_first = torch.tensor(self.times[1:], dtype=torch.float64) * 1e3
+        return after_first.reshape(-1, gap).amin(0)
+
+
+def line_up(
+    entries: dict[str, Entry], work: Workload, gap: int, device: str, grads: list[Tensor]
+) -> tuple[dict[str, Racer], dict[str, str]]:
+    """Build every optimizer; those whose package is missing come back with the reason."""
+    racers, absent = {}, {}
+    for name, entry in entries.items():
+        params = parameters(work, device)
+        try:
+            # code that loads on the first step (peers, LAPACK, torch's own) is not charged to the first step
+            warm = Racer(entry, params[:1], entry.build(params[:1], work.rank, gap))
+        except ImportError as error:
+            absent[name] = f"not installed: {error}"
+            continue
+        warm.feed(grads[:1])
+        warm.optimizer.step()
+        params = parameters(work, device)
+        racers[name] = Racer(entry, params, entry.build(params, work.rank, gap))
+    return racers, absent
+
+
+def race(racers: dict[str, Racer], sets: list[list[Tensor]], gap: int, periods: int, device: str) -> None:
+    """Round-robin: every racer takes one step a round, in an order that rotates, so noise hits all the same.
+
+    The first step, then `periods` whole refresh periods: optimizers that spread their refreshes show all of them.
+    """
+    order = list(racers.values())
+    rounds = 1 + periods * gap
+    gc.collect()
+    gc.disable()
+    try:
+        for t in range(rounds):
+            for racer in order:
+                racer.feed(sets[t % len(sets)])
+                racer.timed_step(device)
+            order.append(order.pop(0))
+            if rounds >= 10 and t % (rounds // 10) == 0:
+                print(f"round {t + 1} of {rounds}", file=sys.stderr, flush=True)
+    finally:
+        gc.enable()
+    for racer in order:
+        racer.state = state_sizes(racer.optimizer)
+
+
+def measure_extra(racer: Racer, work: Workload, sets: list[list[Tensor]], gap: int, device: str) -> None:
+    """Peak extra memory of an ordinary step and of the most demanding step of the period, on a fresh optimizer.
+
+    Fresh, because state must be allocated under the profiler for its replacement at a refresh to be seen as one.
+    Profiling is slow on the CPU, so there only the slowest steps of the period are looked at: refreshes are slow.
+    """
+    quick, candidates = 1, {1}
+    if racer.entry.basis is not None:
+        period = racer.best_period(gap)
+        quick = int(period.argmin()) + 1
+        slowest = period.topk(gap if device != "cpu" else min(8, gap)).indices
+        candidates = {quick, *(int(index) + 1 for index in slowest)}
+
+    def begin() -> None:
+        racer.optimizer = racer.entry.build(racer.params, work.rank, gap)
+        racer.feed(sets[0])
+        racer.optimizer.step()
+
+    del racer.optimizer
+    if device == "cpu":
+        with _profiled():
+            begin()
+    else:
+        begin()
+    peaks = {}
+    for t in range(1, max(candidates) + 1):
+        racer.feed(sets[t % len(sets)])
+        if t in candidates:
+            peaks[t] = peak_extra_bytes(racer.optimizer.step, device)
+        else:
+            racer.optimizer.step()
+    racer.extra = {"ordinary": peaks[quick], "worst": max(peaks.values())}

@@ -1,0 +1,140 @@
+"""The runs of a comparison: processes of `experiments.pretrain`, known by their arguments, done by their summary."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# a comparison may be started from anywhere; the runs import from this checkout
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm at one setting of its tuned arguments, and one seed."""
+
+    arm: str
+    settings: dict[str, float]
+    seed: int
+    args: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The options of the run; a configuration file first, because later options win over it."""
+        options = sorted(self.args.items(), key=lambda item: (item[0] != "config", item[0]))
+        return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options]
+
+    @property
+    def key(self) -> str:
+        """Name of its directory; the digest makes a run with any other argument another run."""
+        digest = hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:8]
+        settings = ",".join(f"{key.rpartition('.')[2]}={value:g}" for key, value in self.settings.items())
+        return f"{self.arm}/{settings},seed={self.seed}-{digest}"
+
+    def arguments(self, directory: Path) -> list[str]:
+        """What follows `python`."""
+        return ["-m", "experiments.pretrain", *self.words, f"--run_dir={directory}", "--resume=auto"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: "done", "diverged" (its loss is no number) or "failed" (no summary; `message` says why)."""
+
+    run: Run
+    status: str
+    loss: float = math.inf
+    message: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def read_result(run: Run, out: Path) -> Result | None:
+    """The result of a finished run, None where there is no summary."""
+    path = out / run.key / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    loss = summary["val_loss"]
+    if loss is None or not math.isfinite(loss):
+        return Result(run, "diverged", message="the loss is no number", summary=summary)
+    return Result(run, "done", float(loss), summary=summary)
+
+
+def collect(runs: Iterable[Run], out: Path) -> dict[str, Result]:
+    """Results of those of the runs that have finished before, by key."""
+    found = ((run.key, read_result(run, out)) for run in runs)
+    return {key: result for key, result in found if result is not None}
+
+
+def _log(run: Run, out: Path) -> Path:
+    # beside the directory, not in it: the run decides what its directory may hold
+    return out / f"{run.key}.log"
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return env | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if jobs > 1 else {})
+
+
+def _start(run: Run, out: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    directory = out / run.key
+    directory.mkdir(parents=True, exist_ok=True)
+    with _log(run, out).open("wb") as log:
+        # its own session: an interrupt reaches it through us, once
+        return subprocess.Popen(
+            [sys.executable, *run.arguments(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
+
+def _finish(run: Run, out: Path, code: int) -> Result:
+    result = read_result(run, out)
+    if result is not None:
+        return result
+    lines = [line for line in _log(run, out).read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "no output"
+    return Result(run, "failed", message=f"exit status {code} and no summary: {last}")
+
+
+def run_all(runs: Sequence[Run], out: Path, jobs: int) -> dict[str, Result]:
+    """Run them, `jobs` at a time; an interrupt stops the processes in a way that they can go on from later."""
+    env = _environment(jobs)
+    waiting = list(runs)
+    running: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
+    results: dict[str, Result] = {}
+    # a terminated comparison must not leave its runs behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run.key] = (run, _start(run, out, env), time.monotonic())
+            for key, (run, process, start) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[key]
+                results[key] = result = _finish(run, out, code)
+                outcome = f"{result.loss:.4f}" if result.status == "done" else f"{result.status}, {result.message}"
+                took = time.monotonic() - start
+                print(f"{key}: {outcome} ({took:.0f} s; {len(waiting) + len(running)} to go now)", file=sys.stderr)
+            time.sleep(0.05)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    return results
