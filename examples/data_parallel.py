@@ -29,4 +29,7 @@ for step in range(100):
         print(f"step {step:3d}  loss {loss.item():.4f}")
 
 print(f"rank {rank} keeps {state_bytes(optimizer.optim).total:,} bytes of optimizer state")
+# DDP's reducer must go before the group that it talks through
+del model, optimizer, loss
+dist.barrier()
 dist.destroy_process_group()

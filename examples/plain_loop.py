@@ -22,4 +22,5 @@ for step in range(200):
     if step % 50 == 0 or step == 199:
         print(f"step {step:3d}  loss {loss.item():.4f}")
 
-print(f"optimizer state: {state_bytes(optimizer).total:,} bytes; AdamW: {adamw_state_bytes(model.parameters()):,} bytes")
+ours, adamw = state_bytes(optimizer).total, adamw_state_bytes(model.parameters())
+print(f"optimizer state: {ours:,} bytes; AdamW: {adamw:,} bytes")

@@ -1,5 +1,6 @@
 """Where a gradient is looked at from: frozen dataclasses, whose state is handed in."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim._types import Factored, NewState, State
+from lowrank_optim._types import Basis, Factored, NewState, State
 
 Side = Literal["left", "right", "both"]
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -37,6 +38,12 @@ def resolve(rank: int | float, proj_type: str, shape: tuple[int, int]) -> tuple[
         "full": "both",
     }
     return count, sides[proj_type]
+
+
+def compresses(basis: Basis, shape: tuple[int, int]) -> bool:
+    """Say whether a basis and two moments of coordinates take fewer numbers than AdamW's two moments."""
+    m, n = shape
+    return basis.numel(shape) + 2 * math.prod(basis.coords_shape(shape)) < 2 * m * n
 
 
 @dataclass(frozen=True)

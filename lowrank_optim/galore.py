@@ -1,14 +1,14 @@
 """GaLore: Adam on the coordinates of the gradient in a low-rank basis."""
 
-import math
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim._checks import check_projection, require
-from lowrank_optim._types import Basis, Rule, matrix_shape
-from lowrank_optim.bases import PROJ_TYPES, SVD, SubspaceIteration, resolve
+from lowrank_optim._types import Rule, matrix_shape
+from lowrank_optim._warn import warn_once
+from lowrank_optim.bases import PROJ_TYPES, SVD, SubspaceIteration, compresses, resolve
 from lowrank_optim.optimizer import Group, RuleOptimizer
 from lowrank_optim.rules import Adam, Projected
 from lowrank_optim.storage import STATE_DTYPES, storage
@@ -42,14 +42,16 @@ class GaLoreAdamW(RuleOptimizer):
         scale: α. Default 0.25 (the paper, pre-training).
         proj_type: "std" compresses the short side, "reverse_std" the long one, "left" and "right" the one named,
             "full" both. Default "std".
-        basis: "svd", or "subspace": warm-started block power iteration, 30 times cheaper on a CPU. Default "svd".
+        basis: "svd", or "subspace": warm-started block power iteration, two thin products and a thin QR in the place
+            of a decomposition. Default "svd".
         stagger: give each matrix its own turn within the period, after a cheap first basis for all, so that no step
             stalls. False refreshes all at steps 0, gap, 2·gap, ..., as galore-torch does. Default True.
         state_dtype: how moments are kept; "float32". Default "float32".
         maximize: ascend instead of descend. Default False.
 
     Vectors are AdamW, and so is a matrix whose projected state would not be smaller than AdamW's (`rank=1.0` asks for
-    the full rotation and gets it). Parameters of more than two dimensions are matrices by `flatten(1)`.
+    the full rotation and gets it). Parameters of more than two dimensions are matrices by `flatten(1)`, as suits
+    convolutions; stacked experts (e, m, n) are better left in a group without a rank.
 
     Raises:
         ValueError: for an argument out of its range, or a group key that looks misspelt.
@@ -57,11 +59,13 @@ class GaLoreAdamW(RuleOptimizer):
             group, and sparse gradients.
 
     State bytes of a projected m×n matrix: 4·(2·r·max(m, n) + r·min(m, n)) for "std", and 4 for `step`; AdamW keeps
-    4·2·m·n + 4. A step's temporaries stay within `chunk_bytes`.
+    4·2·m·n + 4. Temporaries of a step: see `chunk_bytes` of `RuleOptimizer`.
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv 2403.03507.
 
     Example:
+        >>> import torch
+        >>> from lowrank_optim import GaLoreAdamW, param_groups
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
         >>> opt = GaLoreAdamW(param_groups(model, rank=8), lr=1e-2)
         >>> model(torch.randn(4, 64)).square().mean().backward()
@@ -79,8 +83,8 @@ class GaLoreAdamW(RuleOptimizer):
         rank: int | float | None = None,
         update_proj_gap: int = 200,
         scale: float = 0.25,
-        proj_type: str = "std",
-        basis: str = "svd",
+        proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std",
+        basis: Literal["svd", "subspace"] = "svd",
         stagger: bool = True,
         state_dtype: str = "float32",
         maximize: bool = False,
@@ -91,6 +95,8 @@ class GaLoreAdamW(RuleOptimizer):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
         super().__init__(params, {**adam, **projection, "basis": basis, "stagger": stagger, "state_dtype": state_dtype})
+        if all(group["rank"] is None for group in self.param_groups):
+            warn_once("GaLoreAdamW: no parameter group has a rank, so every parameter is AdamW (said once)")
 
     def _check(self, group: Group, known: Group) -> None:
         super()._check(group, known)
@@ -104,13 +110,6 @@ class GaLoreAdamW(RuleOptimizer):
         matrix = matrix_shape(p.shape)
         basis = _BASES[group["basis"]](*resolve(group["rank"], group["proj_type"], matrix))
         full = isinstance(group["rank"], float) and group["rank"] == 1
-        if not full and not _compresses(basis, matrix):
+        if not full and not compresses(basis, matrix):
             return adam
         return Projected(basis, adam, group["update_proj_gap"], group["scale"], group["stagger"])
-
-
-def _compresses(basis: Basis, shape: tuple[int, int]) -> bool:
-    """Say whether basis and moments take fewer numbers than AdamW's two moments."""
-    m, n = shape
-    coords = math.prod(basis.coords_shape(shape))
-    return basis.numel(shape) + 2 * coords < 2 * m * n

@@ -25,7 +25,7 @@ class StateBytes:
         total: all of it.
         by_name: per state name, such as `exp_avg` or `basis`.
         by_parameter: per parameter, then per name. Parameters are called by their names where the optimizer was
-            given names, else `group.index`.
+            given names, else `group.index`; a name that repeats is followed by its group.
     """
 
     total: int
@@ -54,8 +54,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
         names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
             if optimizer.state.get(p):
-                sizes = {key: _nbytes(value, seen) for key, value in optimizer.state[p].items()}
-                by_parameter[name] = sizes
+                # names may repeat, when two models share an optimizer
+                label = f"{name} (group {g})" if name in by_parameter else name
+                by_parameter[label] = {key: _nbytes(value, seen) for key, value in optimizer.state[p].items()}
     by_name: Counter[str] = Counter()
     for sizes in by_parameter.values():
         by_name.update(sizes)
@@ -64,7 +65,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
 
 def adamw_state_bytes(params: Iterable[Tensor]) -> int:
     """Return what AdamW with float32 moments would keep: 2·4 bytes an element and 4 for `step`, a parameter."""
-    return sum(8 * p.numel() + 4 for p in params if p.requires_grad)
+    return sum(8 * p.numel() + 4 for p in {id(p): p for p in params}.values() if p.requires_grad)
 
 
 class MemoryMeter:
@@ -75,6 +76,8 @@ class MemoryMeter:
         optimizer: whose state is counted.
 
     Example:
+        >>> model, x = torch.nn.Linear(4, 2), torch.ones(1, 4)
+        >>> opt = torch.optim.AdamW(model.parameters())
         >>> meter = MemoryMeter(model, opt)
         >>> with meter.phase("forward"):
         ...     loss = model(x).square().mean()
@@ -99,12 +102,14 @@ class MemoryMeter:
         cuda = self._device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        yield
-        if cuda:
-            self._peaks[name] = max(self._peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
-        if name == "backward":
-            # gradients are freed between steps, so they are counted while they are there
-            self._grads = sum(_nbytes(p.grad, set()) for p in self._model.parameters() if p.grad is not None)
+        try:
+            yield
+        finally:
+            if cuda:
+                self._peaks[name] = max(self._peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
+            if name == "backward":
+                # gradients are freed between steps, so they are counted while they are there
+                self._grads = _nbytes([p.grad for p in self._model.parameters()], set())
 
     def read(self) -> dict[str, float]:
         """Return what is known since the last `read`, under the names that the tracker logs.

@@ -1,7 +1,8 @@
 """The one step loop, the one reload, and the eager, tensor-only state."""
 
+import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lowrank_optim._types import NewState, Rule, State, Tick, compute_dtype
 
 Group = dict[str, Any]
 StateDict = dict[str, Any]
+Loss = TypeVar("Loss")
 
 FORMAT_VERSION = 1
 
@@ -26,7 +28,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
-            bytes of temporaries; a parameter that needs more is stepped alone.
+            bytes of temporaries; a parameter that needs more is stepped alone. A decomposition of a matrix needs
+            about three more copies of that matrix while it runs.
     """
 
     chunk_bytes: ClassVar[int] = 64 << 20
@@ -35,7 +38,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults = {**defaults, "format_version": FORMAT_VERSION}
         self._check(defaults, defaults)
         # host copies of the step tensors, so that a step never waits for a device: see `_taken`
-        self._clocks: dict[Tensor, tuple[Tensor, int, int]] = {}
+        self._clocks: dict[int, tuple[Tensor, int, int]] = {}
         super().__init__(params, defaults)
 
     def _rule(self, group: Group, p: Tensor) -> Rule:
@@ -68,10 +71,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Make one update of every parameter that has a gradient.
 
         Args:
@@ -81,24 +84,29 @@ class RuleOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient.
+            RuntimeError: for a sparse gradient; nothing has been updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         turns = self._turns()
-        for group in self.param_groups:
-            for rule, params in self._chunks(group):
+        chunks = [(group, *chunk) for group in self.param_groups for chunk in self._chunks(group)]
+        for group, rule, params in chunks:
+            with _without_autocast(params[0].device.type):
                 self._update_(rule, params, group, turns)
         return loss
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state, keeping the dtype that each tensor was saved in (torch casts it to the parameter's).
+        """Load a state into tensors of our own dtype, layout and placement (torch casts them to the parameter's).
+
+        As in torch, parameters are matched by their order and the saved hyperparameters win. A state of
+        `torch.optim.AdamW` loads into groups without a rank. What the state lacks is created.
 
         Raises:
-            ValueError: when a tensor has not the shape that this model and the saved group need, or the state was
-                saved by a newer version. Nothing has been changed then.
+            ValueError: when a tensor has not the shape that this model and the saved group need, when the same named
+                parameters come in another order, or when the state was saved by a newer version. Nothing has been
+                changed then.
         """
         saved: StateDict = {}
 
@@ -107,9 +115,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             saved.update(loaded)
 
         def restore(_: torch.optim.Optimizer) -> None:
-            for pid, p, _group in _pairs(saved["param_groups"], self.param_groups):
-                if pid in saved["state"]:
-                    self.state[p] = {name: _kept(name, value, p) for name, value in saved["state"][pid].items()}
+            for pid, p, group in _pairs(saved["param_groups"], self.param_groups):
+                if saved["state"].get(pid) or p.requires_grad:
+                    group = {**self.defaults, **group}
+                    self.state[p] = _filled(self._new_state(p, group), saved["state"].get(pid, {}))
 
         # as hooks, after the user's own that prepare the dict and before those that look at the result
         hooks = [
@@ -130,20 +139,27 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def _update_(self, rule: Rule, params: list[Tensor], group: Group, turns: dict[Tensor, float]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            # a tensor stays on its device; of no dimensions it mixes with every dtype and device
+            lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
         grads = [self._gradient(p, maximize=group["maximize"]) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         for p, tick, update in zip(params, ticks, rule.updates(grads, states, ticks), strict=True):
             if update is not None:
-                ops.apply_(p, update, lr=group["lr"], weight_decay=group["weight_decay"])
+                ops.apply_(p, update, lr=lr, weight_decay=group["weight_decay"])
                 step = self.state[p]["step"].fill_(tick.step)
-                self._clocks[p] = (step, step._version, tick.step)
+                self._clocks[id(p)] = (step, step._version, tick.step)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""
         buckets: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
+                if p.grad.layout != torch.strided:
+                    owner = type(self).__name__
+                    raise RuntimeError(f"{owner} does not support sparse gradients; use torch.optim.SparseAdam")
                 self._follow(p, group)
                 buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
@@ -155,24 +171,21 @@ class RuleOptimizer(torch.optim.Optimizer):
                 yield rule, params[start : start + size]
 
     def _gradient(self, p: Tensor, *, maximize: bool) -> Tensor:
-        grad = p.grad
-        assert grad is not None
-        if grad.is_sparse or grad.layout != torch.strided:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use torch.optim.SparseAdam")
-        grad = grad.to(compute_dtype(p))
+        assert p.grad is not None
+        grad = p.grad.to(compute_dtype(p))
         return -grad if maximize else grad
 
     def _turns(self) -> dict[Tensor, float]:
         """Spread the matrices evenly over [0, 1), in the order in which they were given."""
         matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
-        return {p: i / len(matrices) for i, p in enumerate(matrices)}
+        return {p: (i + 0.5) / len(matrices) for i, p in enumerate(matrices)}
 
     def _taken(self, p: Tensor) -> int:
         """Return how many updates `p` has had, reading the tensor only when something else has written to it."""
         step = self.state[p]["step"]
-        known = self._clocks.get(p)
+        known = self._clocks.get(id(p))
         if known is None or known[0] is not step or known[1] != step._version:
-            known = self._clocks[p] = (step, step._version, int(step.item()))
+            known = self._clocks[id(p)] = (step, step._version, int(step.item()))
         return known[2]
 
     def _new_state(self, p: Tensor, group: Group) -> State:
@@ -180,18 +193,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         if p.is_complex():
             raise RuntimeError(f"{owner} does not support complex parameters; optimize torch.view_as_real of them")
         distributed.refuse_flattened(p, owner)
-        return {"step": torch.tensor(0.0)} | self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
+        step = torch.zeros((), dtype=torch.float32, device="cpu")
+        return {"step": step} | self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
 
     def _follow(self, p: Tensor, group: Group) -> None:
-        """Give `p` its state: created if it was frozen until now, moved if the model has moved since."""
+        """Give `p` its state: created if it was frozen until now, moved or cast if the model has been since."""
         state: State = self.state.get(p, {})
-        anchor = next((v for name, v in state.items() if name != "step"), None)
-        if not state or (anchor is not None and anchor.is_meta and not p.is_meta):
+        kept = next((v for name, v in state.items() if name != "step"), None)
+        if kept is None:
             self.state[p] = self._new_state(p, group)
-        elif anchor is not None and anchor.device != p.device:
-            self.state[p] = {name: v if name == "step" else v.to(p.device) for name, v in state.items()}
-        elif p.dtype == torch.float64 and anchor is not None and anchor.dtype == torch.float32:
-            self.state[p] = {name: v if name == "step" else v.double() for name, v in state.items()}
+            return
+        recast = kept.dtype in (torch.float32, torch.float64) and kept.dtype != compute_dtype(p)
+        if recast or kept.device != p.device:
+            self.state[p] = _filled(self._new_state(p, group), {} if kept.is_meta else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:
         for group in loaded["param_groups"]:
@@ -200,14 +214,22 @@ class RuleOptimizer(torch.optim.Optimizer):
                     f"the state was saved in format {group['format_version']}, by a newer lowrank_optim; "
                     f"this one reads up to {FORMAT_VERSION}"
                 )
+        for old, new in zip(loaded["param_groups"], self.param_groups, strict=False):
+            theirs, ours = old.get("param_names") or [], new.get("param_names") or []
+            if theirs != ours and sorted(theirs) == sorted(ours):
+                raise ValueError("the saved parameters have the names of these, in another order")
         for pid, p, group in _pairs(loaded["param_groups"], self.param_groups):
             found = loaded["state"].get(pid)
             if not found:
                 continue
-            group = {**self.defaults, **group}
+            # a capturable AdamW keeps the same state
+            group = {**self.defaults, **group, "capturable": False}
             self._check(group, self.defaults)
+            if "step" not in found:
+                raise ValueError(f"the saved state of parameter {pid} has no step: is it another optimizer's?")
             for name, need in self._rule(group, p).init(p.shape, _shapes(p)).items():
-                have = tuple(found[name].shape) if name in found else None
+                value = found.get(name)
+                have = tuple(value.shape) if isinstance(value, Tensor) else None
                 if have != tuple(need.shape):
                     raise ValueError(
                         f"the saved state of parameter {pid} has {name} of shape {have}, and a parameter of shape "
@@ -223,11 +245,20 @@ def _pairs(saved: list[Group], own: list[Group]) -> Iterator[tuple[Any, Tensor, 
             yield pid, p, old
 
 
-def _kept(name: str, value: Any, p: Tensor) -> Any:
-    """Return a copy of one saved state value where it belongs, in its own dtype."""
-    if name == "step":
-        return torch.as_tensor(value, dtype=torch.float32).detach().to("cpu", copy=True)
-    return value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
+def _filled(fresh: State, saved: State) -> State:
+    """Return `fresh` with the values of `saved` in it, each in the dtype, layout and placement of `fresh`."""
+    for name, value in fresh.items():
+        if name in saved:
+            # torch's older optimizers keep `step` as a number
+            source = saved[name] if isinstance(saved[name], Tensor) else torch.tensor(float(saved[name]))
+            value.copy_(source.reshape(value.shape))
+    return fresh
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _shapes(p: Tensor) -> NewState:

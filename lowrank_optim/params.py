@@ -1,16 +1,26 @@
 """Which parameter is a matrix to project, an embedding, a head, a norm or a bias."""
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_optim._types import matrix_shape
+from lowrank_optim.bases import SVD, compresses, resolve
+
 Rank = int | float
 Targets = str | Callable[[str, nn.Module], bool]
 
-# names under which models keep the matrix that makes logits
-HEADS = r"(^|\.)(lm_head|head|heads|output|out_head|classifier|score|embed_out|output_projection)$"
+# names under which models keep the matrix that makes logits; the vaguer ones only at the top of a model
+HEADS = (
+    r"(^|\.)(lm_head|heads?|out_head|embed_out|output_projection|qa_outputs)(\.\w+)?$"
+    r"|^(output|classifier|score)(\.\w+)?$"
+)
+
+# the keys of a group that say how to project
+_OPTIONS = ("update_proj_gap", "scale", "proj_type", "basis", "stagger", "state_dtype", "lr", "betas", "eps")
 
 _NORMS = ("norm", "rms")
 _LINEAR = ("Conv1D",)  # transformers' transposed Linear, known by name so that it need not be imported
@@ -27,11 +37,12 @@ class ParamGroups(list[dict[str, Any]]):
             if "param_names" in group:
                 # one of torch's optimizers has taken the group and put two lists in the place of pairs
                 params = list(zip(group["param_names"], params, strict=True))
-            options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", "param_names", "name"))
+            hidden = ("params", "param_names", "name")
+            options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in hidden and v is not None)
             count = sum(p.numel() for _, p in params)
-            how = "" if "rank" in group else " [AdamW]"
+            how = "" if group.get("rank") is not None else " [AdamW]"
             lines.append(f"{group['name']}{how}: {len(params)} parameters, {count:,} elements ({options})")
-            lines += [f"    {line}" for line in _folded(params)]
+            lines += [f"    {line}" for line in _folded(params, group)]
         return "\n".join(lines)
 
 
@@ -61,16 +72,18 @@ def param_groups(
             callable of module name and module, both of which may choose any module, embeddings and heads too.
             Default "all-linear".
         weight_decay: for every group but `vectors`. Default 0.
-        heads: regular expression of the names of modules that make logits; a Hugging Face model is asked.
+        heads: regular expression of the names of modules that make logits. A Hugging Face model that knows its head
+            is asked instead.
         other_lr: learning rate of the groups that are not projected. Default: the optimizer's.
-        **options: further keys of the projected groups: `update_proj_gap`, `scale`, `proj_type`, `basis`.
+        **options: further keys of the projected groups: `update_proj_gap`, `scale`, `proj_type`, `basis`, `stagger`,
+            `state_dtype`, `lr`, `betas`, `eps`.
 
     Returns:
         Groups of (name, parameter) pairs; give them to an optimizer, and print `describe()`.
 
     Raises:
-        ValueError: when `targets` or a key of `rank` matches nothing, which is a misspelling, or when the model has
-            nothing to train.
+        ValueError: when `targets` or a key of `rank` matches nothing, which is a misspelling, when an option is
+            unknown, or when the model has nothing to train.
 
     Example:
         >>> groups = param_groups(nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8)), rank=2, scale=0.5)
@@ -82,12 +95,18 @@ def param_groups(
         vectors [AdamW]: 1 parameters, 8 elements (weight_decay=0.0)
             1.bias (8)
     """
+    for key in options:
+        if key not in _OPTIONS:
+            near = difflib.get_close_matches(key, _OPTIONS, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(_OPTIONS)}"
+            raise ValueError(f"unknown option {key!r}: {known}")
     embeddings = {id(p) for m in model.modules() if _is_embedding(m) for p in m.parameters(recurse=False)}
     head_ids = _head_ids(model, heads)
     chosen = _chooser(targets, head_ids)
     ranks = rank if isinstance(rank, Mapping) else {"": rank}
     unmatched = set(ranks)
-    matrices: dict[Rank, list[tuple[str, Tensor]]] = {}
+    # by type too: rank 1 and rank 1.0 are one vector and all of them
+    matrices: dict[tuple[type, Rank], list[tuple[str, Tensor]]] = {}
     rest: dict[str, list[tuple[str, Tensor]]] = {"embeddings": [], "heads": [], "other": [], "vectors": []}
     any_target = False
     for name, p, module_name, module in _owned(model):
@@ -96,7 +115,7 @@ def param_groups(
         any_target = any_target or target
         if pattern is not None:
             unmatched.discard(pattern)
-            matrices.setdefault(ranks[pattern], []).append((name, p))
+            matrices.setdefault((type(ranks[pattern]), ranks[pattern]), []).append((name, p))
         elif id(p) in embeddings:
             rest["embeddings"].append((name, p))
         elif p.dim() < 2 or _is_norm(module):
@@ -110,12 +129,14 @@ def param_groups(
     if isinstance(rank, Mapping) and unmatched:
         raise ValueError(f"rank: no target's module name matches {', '.join(sorted(map(repr, unmatched)))}")
     groups = ParamGroups()
-    for value, params in matrices.items():
+    for (_, value), params in matrices.items():
         label = "matrices" if len(matrices) == 1 else f"matrices (rank {value})"
         groups.append({"params": params, "name": label, "rank": value, **options, "weight_decay": weight_decay})
     for label, params in rest.items():
         if params:
-            group = {"params": params, "name": label, "weight_decay": 0.0 if label == "vectors" else weight_decay}
+            # an explicit None, so that a rank given to the optimizer does not reach these
+            decay = 0.0 if label == "vectors" else weight_decay
+            group = {"params": params, "name": label, "rank": None, "weight_decay": decay}
             groups.append(group if other_lr is None else {**group, "lr": other_lr})
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
@@ -126,6 +147,8 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str, nn.Module]]:
     """Yield each trainable parameter once: its name, itself, its module's name and its module."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
+        # torch.compile puts a wrapper around the model, which must not defeat anchored patterns
+        module_name = module_name.removeprefix("_orig_mod").removeprefix(".")
         for key, p in module.named_parameters(recurse=False):
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
@@ -147,11 +170,12 @@ def _chooser(targets: Targets, head_ids: set[int]) -> Callable[[str, nn.Module, 
 
 
 def _head_ids(model: nn.Module, heads: str) -> set[int]:
-    pattern = re.compile(heads)
-    found = [m for name, m in model.named_modules() if pattern.search(name)]
     output = getattr(model, "get_output_embeddings", None)
     if callable(output) and (module := output()) is not None:
-        found.append(module)
+        found = [module]
+    else:
+        pattern = re.compile(heads)
+        found = [m for name, m in model.named_modules() if pattern.search(name)]
     return {id(p) for m in found for p in m.parameters(recurse=False)}
 
 
@@ -160,19 +184,29 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return any(word in type(module).__name__.lower() for word in _NORMS)
+    named = any(word in type(module).__name__.lower() for word in _NORMS)
+    return named and not isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
 
 
-def _folded(params: list[tuple[str, Tensor]]) -> list[str]:
+def _folded(params: list[tuple[str, Tensor]], group: dict[str, Any]) -> list[str]:
     """Fold names that differ only in their numbers: `layers.{0..3}.attn.q.weight (64×64)`."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, p in params:
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), "×".join(map(str, p.shape)))
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        key = (pattern, "×".join(map(str, p.shape)), _left_to_adamw(p, group))
         alike.setdefault(key, []).append(name)
     lines = []
-    for (pattern, shape), names in alike.items():
-        if len(names) == 1:
-            lines.append(f"{names[0]} ({shape})")
-            continue
-        lines.append(f"{pattern} ({shape}), {len(names)} of them")
+    for (pattern, shape, note), names in alike.items():
+        lines.append(f"{names[0]} ({shape})" if len(names) == 1 else f"{pattern} ({shape}), {len(names)} of them")
+        lines[-1] += note
     return lines
+
+
+def _left_to_adamw(p: Tensor, group: dict[str, Any]) -> str:
+    """Return a note for a parameter that is in a projected group and will not be projected."""
+    rank = group.get("rank")
+    if rank is None or (rank == 1 and isinstance(rank, float)):
+        return ""
+    shape = matrix_shape(p.shape)
+    basis = SVD(*resolve(rank, group.get("proj_type", "std"), shape))
+    return "" if p.dim() > 1 and compresses(basis, shape) else f" [AdamW: rank {rank} does not make it smaller]"

@@ -45,7 +45,8 @@ class Projected:
     first step takes the basis's cheap `start_`, so that no step pays for many decompositions; without it all matrices
     refresh together at steps 0, gap, 2·gap, ..., as GaLore's own code does.
 
-    A refresh needs a gradient that says something. Where it holds NaN or Inf, or where a matrix has not yet seen a
+    A refresh needs a gradient that says something. Where it holds NaN or Inf (or so large numbers that Adam's second
+    moment would), or where a matrix has not yet seen a
     nonzero one, the matrix and its step are left as they are, so the refresh is tried again at the next step; where
     the decomposition fails, the old basis serves until the next turn.
     """
@@ -68,7 +69,7 @@ class Projected:
         skipped = self._refresh_(grads, states, ticks)
         live = [i for i in range(len(grads)) if i not in skipped]
         if live:
-            coords = [self.basis.project(states[i], grads[i]) for i in live]
+            coords = [self._project(states[i], grads[i]) for i in live]
             inner = self.inner.updates(coords, [states[i] for i in live], [ticks[i] for i in live])
             for i, update in zip(live, inner, strict=True):
                 if update is not None:
@@ -76,6 +77,15 @@ class Projected:
                     # the inner rule hands over what it returns, so it may be scaled in place
                     found[i] = self.basis.lift(states[i], dense.mul_(self.scale))
         return found
+
+    def _project(self, state: State, grad: Tensor) -> Tensor:
+        coords = self.basis.project(state, grad)
+        if coords.shape != self.basis.coords_shape(matrix_shape(grad.shape)):
+            raise RuntimeError(
+                "the rank or the side of a projected group has changed since its state was made; "
+                "make a new optimizer, or keep them as they were"
+            )
+        return coords
 
     def due(self, tick: Tick) -> bool:
         """Say whether this is a refresh boundary."""
@@ -92,10 +102,10 @@ class Projected:
         skipped = set()
         for i, size in zip(due, sizes, strict=True):
             first = ticks[i].step == 1
-            if not math.isfinite(size):
+            if not size < math.sqrt(torch.finfo(grads[i].dtype).max):
                 warn_once(
-                    "a gradient held NaN or Inf when its basis was to be refreshed: that matrix sits this step out "
-                    "and tries again at the next one (said once)"
+                    "a gradient held NaN, Inf or numbers whose squares are infinite when its basis was to be "
+                    "refreshed: that matrix sits this step out and tries again at the next one (said once)"
                 )
                 skipped.add(i)
             elif size > 0:

@@ -73,6 +73,23 @@ def test_the_resident_set_sees_an_allocation():
     assert meter.read()["mem/rss_gib"] - before == pytest.approx(held.nbytes / 2**30, rel=0.2)
 
 
+def test_names_that_repeat_count_twice():
+    a, b = (nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    size = state_bytes(GaLoreAdamW([{"params": [("w", a)]}, {"params": [("w", b)]}]))
+    assert size.total == 2 * (2 * 4 * 64 + 4)
+    assert set(size.by_parameter) == {"w", "w (group 1)"}
+
+
+def test_gradients_that_share_a_buffer_count_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    buffer = torch.zeros(32)
+    meter = MemoryMeter(model, torch.optim.SGD(model.parameters()))
+    with meter.phase("backward"):
+        for p, part in zip(model.parameters(), buffer.split(16), strict=True):
+            p.grad = part.view(4, 4)
+    assert meter.read()["mem/grads_bytes"] == 128
+
+
 def test_tied_weights_count_once():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight

@@ -77,7 +77,7 @@ def test_a_callable_chooses_modules_and_may_take_embeddings():
 
 def test_ranks_by_module():
     groups = param_groups(Model(), rank={r"\.q$": 2, r"layers\.0": 0.5})
-    assert {g["rank"]: [n for n, _ in g["params"]] for g in groups if "rank" in g} == {
+    assert {g["rank"]: [n for n, _ in g["params"]] for g in groups if g["rank"] is not None} == {
         2: [f"layers.{i}.q.weight" for i in range(3)],
         0.5: ["layers.0.mlp.weight"],
     }
@@ -121,11 +121,46 @@ def test_groups_serve_again_after_an_optimizer_took_them(make):
     [
         ({"targets": "attention"}, "targets='attention' matches no matrix"),
         ({"rank": {r"\.q$": 4, "attn": 8}}, "rank: no target's module name matches 'attn'"),
+        ({"update_proj_gpa": 4}, "unknown option 'update_proj_gpa': did you mean 'update_proj_gap'"),
+        ({"gap": 4}, "unknown option 'gap'"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_a_misspelling(options, message):
     with pytest.raises(ValueError, match=message):
         param_groups(Model(), **options)
+
+
+def test_rank_one_and_all_ranks_are_not_confused():
+    groups = param_groups(Model(), rank={r"\.q$": 1, r"\.mlp$": 1.0})
+    assert [(type(g["rank"]), g["rank"], len(g["params"])) for g in groups[:2]] == [(int, 1, 3), (float, 1.0, 3)]
+
+
+def test_a_linear_called_norm_is_a_matrix():
+    class NormalizedLinear(nn.Linear):
+        pass
+
+    assert names(param_groups(nn.Sequential(NormalizedLinear(8, 8)), rank=2))["matrices"] == ["0.weight"]
+
+
+def test_a_rank_given_to_the_optimizer_does_not_reach_the_rest():
+    model = Model()
+    opt = GaLoreAdamW(param_groups(model, rank=4), rank=2)
+    assert "basis" not in opt.state[model.embed.weight]
+    assert opt.state[model.layers[0].q.weight]["basis"].shape == (4, 16)
+
+
+def test_describe_names_what_a_rank_cannot_compress():
+    text = param_groups(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)), rank={"0": 4, "1": 16}).describe()
+    assert "0.weight (64×16)\n" in text
+    assert "1.weight (16×64) [AdamW: rank 16 does not make it smaller]" in text
+
+
+def test_a_compiled_model_is_routed_as_itself():
+    model = Model()
+    assert names(param_groups(torch.compile(model), rank=4, targets=r"^layers\.0"))["matrices"] == [
+        "layers.0.q.weight",
+        "layers.0.mlp.weight",
+    ]
 
 
 def test_a_frozen_model_is_refused():

@@ -162,6 +162,59 @@ def test_a_checkpoint_of_torch_adamw_goes_on():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_a_state_of_another_layout_or_dtype_becomes_ours(layout, dtype):
+    """torch's AdamW keeps moments as the weight is laid out and typed; the values go on in our own tensors."""
+    make = {
+        "contiguous": lambda: torch.randn(8, 5),
+        "channels_last": lambda: torch.randn(8, 3, 4, 4).to(memory_format=torch.channels_last),
+        "transposed": lambda: torch.randn(5, 8).T,
+    }[layout]
+    theirs = nn.Parameter(make().to(dtype))
+    adamw = torch.optim.AdamW([theirs], lr=1e-2)
+    for _ in range(4):
+        theirs.grad = torch.randn_like(theirs)
+        adamw.step()
+    ours = nn.Parameter(theirs.detach().clone())
+    opt = GaLoreAdamW([{"params": [ours]}])
+    opt.load_state_dict(adamw.state_dict())
+    state = opt.state[ours]
+    assert state["exp_avg"].is_contiguous()
+    assert state["exp_avg"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for _ in range(4):
+        ours.grad = torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+        opt.step()
+        adamw.step()
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_what_a_state_lacks_is_created():
+    net = model()
+    opt = optimizer(net)
+    train(net, opt, 0, 2)
+    saved = opt.state_dict()
+    pid = saved["param_groups"][1]["params"][0]
+    del saved["state"][pid]
+    opt.load_state_dict(saved)
+    state = opt.state[opt.param_groups[1]["params"][0]]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq", "basis"}
+    assert state["step"] == 0
+    train(net, opt, 2, 4)
+    saved["state"][pid + 1] = {k: v for k, v in saved["state"][pid + 1].items() if k != "step"}
+    with pytest.raises(ValueError, match="has no step"):
+        opt.load_state_dict(saved)
+
+
+def test_names_in_another_order_are_refused():
+    a, b = (nn.Parameter(torch.zeros(4, 4)) for _ in range(2))
+    opt = GaLoreAdamW([("a", a), ("b", b)], rank=1)
+    with pytest.raises(ValueError, match="in another order"):
+        GaLoreAdamW([("b", b), ("a", a)], rank=1).load_state_dict(opt.state_dict())
+
+
 def test_states_that_do_not_fit_are_refused_and_nothing_changes():
     net = model()
     opt = optimizer(net)
