@@ -9,14 +9,15 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_optim import GaLoreAdamW, state_bytes
+from lowrank_optim import GaLoreAdamW, param_groups, state_bytes
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)))
-# `rank` here is the rank of the projection, and reaches GaLoreAdamW with the other keywords
-optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=GaLoreAdamW, lr=1e-2, rank=8, scale=1.0)
+groups = param_groups(model.module, rank=8, scale=1.0, heads=r"^$")
+# torch's ZeRO takes no names
+optimizer = ZeroRedundancyOptimizer(groups.unnamed(), optimizer_class=GaLoreAdamW, lr=1e-2)
 
 data = torch.Generator().manual_seed(rank)
 for step in range(100):

@@ -15,8 +15,9 @@ def adam_direction_kernel(
     exp_avg_sq_ptr,
     direction_ptr,
     numel,
-    beta1,
     beta2,
+    weight1,
+    weight2,
     eps,
     correction1,
     correction2,
@@ -29,8 +30,8 @@ def adam_direction_kernel(
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    exp_avg += (1.0 - beta1) * (grad - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + (1.0 - beta2) * grad * grad
+    exp_avg += weight1 * (grad - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     direction = (exp_avg / correction1) / (tl.sqrt(exp_avg_sq / correction2) + eps)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
@@ -57,18 +58,23 @@ def adam_direction_(
         return direction
     block, warps = launch_shape(grad.numel(), interpreted=not grad.is_cuda)
     beta1, beta2 = betas
-    adam_direction_kernel[(triton.cdiv(grad.numel(), block),)](
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        direction,
-        grad.numel(),
-        beta1,
-        beta2,
-        eps,
-        1 - beta1**step,
-        1 - beta2**step,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    # the weights as the host rounds them: in float32 1 − 0.999 is off by 1e-5
+    weight1, weight2 = 1 - beta1, 1 - beta2
+    # a kernel goes to the current device, which need not be the tensor's
+    with torch.cuda.device(grad.get_device()):
+        adam_direction_kernel[(triton.cdiv(grad.numel(), block),)](
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            direction,
+            grad.numel(),
+            beta2,
+            weight1,
+            weight2,
+            eps,
+            1 - beta1**step,
+            1 - beta2**step,
+            BLOCK=block,
+            num_warps=warps,
+        )
     return direction

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -32,19 +33,25 @@ def allocator(like: Tensor, owner: str) -> NewState:
             return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
         if tuple(shape) == tuple(like.shape):
             return torch.zeros_like(like, dtype=dtype, requires_grad=False)
-        raise RuntimeError(
-            f"{owner}: a DTensor parameter of shape {tuple(like.shape)} cannot be projected: its state would not be "
-            "sharded as it is. Keep it in a group without a rank (AdamW, which works under FSDP2), or shard the "
-            "optimizer with DDP and ZeroRedundancyOptimizer"
-        )
+        refuse_projected_shards(like, owner)
 
     return new
 
 
+def refuse_projected_shards(p: Tensor, owner: str) -> NoReturn:
+    """Raise: a basis of a sharded matrix would need communication that is not there."""
+    raise RuntimeError(
+        f"{owner}: a DTensor parameter of shape {tuple(p.shape)} cannot be projected: its state would not be "
+        "sharded as it is. Keep it in a group without a rank (AdamW, which works under FSDP2), or shard the "
+        "optimizer with DDP and ZeroRedundancyOptimizer"
+    )
+
+
 def refuse_flattened(p: Tensor, owner: str) -> None:
     """Raise for a parameter that has lost its matrix shape to FSDP1 or DeepSpeed ZeRO."""
-    flat = type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id")
-    if flat:
+    # FSDP1 marks its flat parameter and, with use_orig_params, the views of it; DeepSpeed marks with an id
+    fsdp1 = getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False)
+    if fsdp1 or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id"):
         raise RuntimeError(
             f"{owner}: got a flattened parameter ({type(p).__name__}), which has lost its matrix shape. "
             "Use FSDP2 (fully_shard), or DDP with ZeroRedundancyOptimizer, both of which keep whole parameters"

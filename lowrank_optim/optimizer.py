@@ -194,7 +194,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{owner} does not support complex parameters; optimize torch.view_as_real of them")
         distributed.refuse_flattened(p, owner)
         step = torch.zeros((), dtype=torch.float32, device="cpu")
-        return {"step": step} | self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
+        state = self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
+        if "basis" in state and distributed.is_sharded(p):
+            distributed.refuse_projected_shards(p, owner)
+        return {"step": step} | state
 
     def _follow(self, p: Tensor, group: Group) -> None:
         """Give `p` its state: created if it was frozen until now, moved or cast if the model has been since."""

@@ -29,14 +29,15 @@ _LINEAR = ("Conv1D",)  # transformers' transposed Linear, known by name so that 
 class ParamGroups(list[dict[str, Any]]):
     """Parameter groups for an optimizer of this package, that can say who went where."""
 
+    def unnamed(self) -> list[dict[str, Any]]:
+        """Return the same groups with bare parameters, for wrappers that take no names (ZeroRedundancyOptimizer)."""
+        return [{**group, "params": [p for _, p in _named(group)]} for group in self]
+
     def describe(self) -> str:
         """Return a table of the groups, and under each the parameters, alike ones on one line."""
         lines = []
         for group in self:
-            params = group["params"]
-            if "param_names" in group:
-                # one of torch's optimizers has taken the group and put two lists in the place of pairs
-                params = list(zip(group["param_names"], params, strict=True))
+            params = _named(group)
             hidden = ("params", "param_names", "name")
             options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in hidden and v is not None)
             count = sum(p.numel() for _, p in params)
@@ -141,6 +142,13 @@ def param_groups(
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
     return groups
+
+
+def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return (name, parameter) pairs, also after one of torch's optimizers has put two lists in their place."""
+    if "param_names" in group:
+        return list(zip(group["param_names"], group["params"], strict=True))
+    return list(group["params"])
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str, nn.Module]]:

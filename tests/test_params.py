@@ -163,6 +163,14 @@ def test_a_compiled_model_is_routed_as_itself():
     ]
 
 
+def test_groups_without_names_hold_the_same_parameters():
+    model = Model()
+    groups = param_groups(model, rank=4)
+    bare = groups.unnamed()
+    assert [[id(p) for p in g["params"]] for g in bare] == [[id(p) for _, p in g["params"]] for g in groups]
+    assert [g["rank"] for g in bare] == [g["rank"] for g in groups]
+
+
 def test_a_frozen_model_is_refused():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         param_groups(Model().requires_grad_(False))

@@ -1,0 +1,314 @@
+"""The Triton kernels: against their plain twins where they run interpreted, and compiled for GPUs that are not here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lowrank_optim import GaLoreAdamW, backend, reference
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from lowrank_optim.kernels import adam
+from lowrank_optim.kernels._launch import ELEMENTWISE, launch_shape
+
+ROOT = Path(__file__).parent.parent
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
+)
+
+# one element, odd, one block exactly, several blocks and a rest
+SHAPES = [(), (1,), (3, 5), (64,), (1000,), (1024,), (128, 129)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x.flatten()[0].expand(x.shape),
+}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_twins(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: Callable[[Tensor], Tensor],
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    steps: int = 4,
+) -> None:
+    ours, twins = ([torch.zeros(shape), torch.zeros(shape)] for _ in range(2))
+    for step in range(1, steps + 1):
+        grad = layout(torch.randn(shape).to(dtype))
+        before = grad.clone()
+        direction = adam.adam_direction_(grad, *ours, betas=betas, eps=eps, step=step)
+        expected = reference.adam_direction_(grad.float(), *twins, betas=betas, eps=eps, step=step)
+        assert torch.equal(grad, before)
+        assert direction.dtype == torch.float32
+        assert direction.is_contiguous()
+        # a difference of large numbers is rounded in another order
+        torch.testing.assert_close(direction, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, twins, rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adam_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    assert_twins(shape, dtype, LAYOUTS[layout], (0.9, 0.999))
+
+
+@interpreted
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
+    beta1=st.floats(0, 0.99),
+    beta2=st.floats(0.5, 0.9999),
+    eps=st.sampled_from([1e-8, 1e-3]),
+)
+def test_adam_equals_its_twin_anywhere(shape: tuple[int, ...], beta1: float, beta2: float, eps: float) -> None:
+    assert_twins(shape, torch.float32, LAYOUTS["contiguous"], (beta1, beta2), eps, steps=3)
+
+
+@interpreted
+def test_adam_writes_its_own_elements_only() -> None:
+    """The moments are parts of a larger memory, and what is beside them stays."""
+    memory = [torch.full((3, 1000), float("nan")) for _ in range(2)]
+    exp_avg, exp_avg_sq = (m[1].zero_() for m in memory)
+    adam.adam_direction_(torch.randn(1000), exp_avg, exp_avg_sq, betas=(0.9, 0.999), eps=1e-8, step=1)
+    for m in memory:
+        assert m[1].isfinite().all()
+        assert m[::2].isnan().all()
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_adam_hands_nan_and_zero_gradients_on() -> None:
+    grad = torch.tensor([float("nan"), 0.0, float("inf"), 1.0])
+    direction = adam.adam_direction_(grad, torch.zeros(4), torch.zeros(4), betas=(0.9, 0.999), eps=1e-8, step=1)
+    assert direction.isnan().tolist() == [True, False, True, False]
+    assert direction[1] == 0
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(torch.zeros(4, 6, dtype=torch.bfloat16), id="dtype"),
+        pytest.param(torch.zeros(6, 4), id="shape"),
+        pytest.param(torch.zeros(6, 4).mT, id="strides"),
+    ],
+)
+def test_adam_refuses_moments_that_it_would_misread(moment: Tensor) -> None:
+    good, grad = torch.zeros(4, 6), torch.ones(4, 6)
+    for moments in ((moment, good), (good, moment)):
+        with pytest.raises(ValueError, match=r"needs contiguous float32 moments of shape \(4, 6\), not"):
+            adam.adam_direction_(grad, *moments, betas=(0.9, 0.999), eps=1e-8, step=1)
+    assert good.eq(0).all()
+
+
+def test_only_the_interpreter_gets_the_interpreters_blocks() -> None:
+    for numel in (1, ELEMENTWISE[0], 1 << 24):
+        assert launch_shape(numel, interpreted=False) == ELEMENTWISE
+    assert launch_shape(1 << 24, interpreted=True)[0] > ELEMENTWISE[0]
+
+
+def _train(name: Any, basis: str) -> tuple[list[Tensor], GaLoreAdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 30, bias=False))
+    opt = GaLoreAdamW(model.parameters(), rank=3, update_proj_gap=3, scale=1.0, basis=basis)
+    with backend(name):
+        for _ in range(7):
+            opt.zero_grad()
+            model(torch.randn(4, 12)).square().mean().backward()
+            opt.step()
+    return [p.detach() for p in model.parameters()], opt
+
+
+@interpreted
+@pytest.mark.parametrize("basis", ["svd", "subspace"])
+def test_an_optimizer_on_the_kernel_equals_one_on_torch(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = adam.adam_direction_
+
+    def watched(grad: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(tuple(grad.shape))
+        return real(grad, *args, **kwargs)
+
+    monkeypatch.setattr(adam, "adam_direction_", watched)
+    for name in ("auto", "torch"):
+        expected, expected_opt = _train(name, basis)
+        assert seen == [], name
+    weights, opt = _train("triton", basis)
+    # the kernel did run: the coordinates of two matrices and a bias, each step
+    assert seen == [(3, 12), (8,), (30, 3)] * 7
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(opt.state_dict()["state"], expected_opt.state_dict()["state"], rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+def test_an_optimizer_of_float64_says_that_the_kernel_keeps_float32() -> None:
+    p = nn.Parameter(torch.ones(8, 6, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    opt = GaLoreAdamW([p], rank=2)
+    with backend("triton"), pytest.raises(ValueError, match=r"needs contiguous float32 moments.*float64"):
+        opt.step()
+    assert p.eq(1).all()
+
+
+def test_backends_nest_and_come_back_after_an_error() -> None:
+    from lowrank_optim import ops
+
+    def fail() -> None:
+        with backend("auto"):
+            assert ops._backend.get() == "auto"
+            raise KeyError("stop")
+
+    with backend("torch"):
+        with pytest.raises(KeyError, match="stop"):
+            fail()
+        assert ops._backend.get() == "torch"
+    assert ops._backend.get() == "auto"
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton', not 'cuda'"), backend("cuda"):
+        pass
+
+
+ALONE = """
+import sys, torch
+from lowrank_optim import GaLoreAdamW, backend
+p = torch.nn.Parameter(torch.randn(8, 6))
+p.grad = torch.randn(8, 6)
+opt = GaLoreAdamW([p], rank=2)
+try:
+    with backend("triton"):
+        opt.step()
+except RuntimeError as error:
+    print(error)
+print(opt.state[p]["step"].item())
+opt.step()
+# now as where it is not installed
+sys.modules["triton"] = None
+try:
+    with backend("triton"):
+        print("entered")
+except RuntimeError as error:
+    print(error)
+opt.step()
+print(opt.state[p]["step"].item(), [m for m in sys.modules if "lowrank_optim.kernels" in m])
+"""
+
+
+def test_triton_is_had_or_refused_and_auto_on_a_cpu_never_touches_it() -> None:
+    assert run_alone(ALONE).splitlines() == [
+        "backend('triton'): a Tensor on cpu needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported",
+        "0.0",
+        "backend('triton'): Triton is not installed (pip install triton)",
+        "2.0 []",
+    ]
+
+
+def run_alone(code: str, *args: str, **environment: str) -> str:
+    """Run in a process where nothing is interpreted, and return what it printed."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+AHEAD_OF_TIME = """
+import json, pathlib, re, subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lowrank_optim.kernels._launch import launch_shape
+from lowrank_optim.kernels.adam import adam_direction_kernel as kernel
+
+block, warps = launch_shape(1 << 20, interpreted=False)
+tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+found = {}
+for grad in ("fp32", "bf16"):
+    types = {"grad_ptr": "*" + grad, "numel": "i32", "BLOCK": "constexpr"}
+    types = {a: types.get(a, "*fp32" if a.endswith("_ptr") else "fp32") for a in kernel.arg_names}
+    # as a launch sees torch's allocations, and a number of elements that 16 divides
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a][0] in "*i"}
+    for name, target in {
+        "sm_80": GPUTarget("cuda", 80, 32),
+        "sm_90a": GPUTarget("cuda", 90, 32),
+        "gfx942": GPUTarget("hip", "gfx942", 64),
+    }.items():
+        source = ASTSource(kernel, types, constexprs={"BLOCK": block}, attrs=aligned)
+        built = triton.compile(source, target=target, options={"num_warps": warps})
+        if target.backend == "cuda":
+            cubin = pathlib.Path(sys.argv[1]) / f"{name}_{grad}.cubin"
+            cubin.write_bytes(built.asm["cubin"])
+            usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin], text=True)
+            numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage))
+            text = built.asm["ptx"]
+        else:
+            text = built.asm["amdgcn"]
+            keys = "vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+            numbers = dict(re.findall(rf"\\.({keys}):\\s*(\\d+)", text))
+        found[f"{name} {grad}"] = {"numbers": {k: int(v) for k, v in numbers.items()}, "text": text}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The kernel as shipped, compiled for three GPUs in one process that has none of them."""
+    folder = tmp_path_factory.mktemp("ahead")
+    return json.loads(run_alone(AHEAD_OF_TIME, str(folder), TRITON_CACHE_DIR=str(folder / "cache")))
+
+
+@pytest.mark.parametrize("grad", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_compiled_for_nvidia_without_spills_and_with_wide_accesses(
+    built: dict[str, dict[str, Any]], target: str, grad: str
+) -> None:
+    numbers, ptx = built[f"{target} {grad}"]["numbers"], built[f"{target} {grad}"]["text"]
+    assert f".target {target}" in ptx
+    assert numbers["STACK"] == 0
+    assert numbers["LOCAL"] == 0
+    assert 0 < numbers["REG"] <= 64
+    # 8 elements a thread: two accesses of 16 bytes for each float32 pointer, one for a bfloat16 gradient
+    assert ptx.count("ld.global.v4.b32") == {"fp32": 6, "bf16": 5}[grad]
+    assert ptx.count("st.global.v4.b32") == 6
+
+
+@pytest.mark.parametrize("grad", ["fp32", "bf16"])
+def test_compiled_for_amd_without_spills_and_with_wide_accesses(built: dict[str, dict[str, Any]], grad: str) -> None:
+    numbers, text = built[f"gfx942 {grad}"]["numbers"], built[f"gfx942 {grad}"]["text"]
+    assert numbers == {"vgpr_spill_count": 0, "sgpr_spill_count": 0, "private_segment_fixed_size": 0}
+    # 4 elements a lane: 16 bytes of each float32 pointer, 8 of a bfloat16 gradient
+    assert len(re.findall("(?:global|buffer)_load_dwordx4", text)) == {"fp32": 3, "bf16": 2}[grad]
+    assert len(re.findall("(?:global|buffer)_store_dwordx4", text)) == 3
+
+
+def test_what_ships_is_what_is_imported() -> None:
+    assert Path(adam.__file__).resolve() == ROOT / "kernels" / "adam.py"
