@@ -15,7 +15,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)))
-groups = param_groups(model.module, rank=8, scale=1.0, heads=r"^$")
+groups = param_groups(model.module, rank=8, scale=1.0)
 # torch's ZeRO takes no names
 optimizer = ZeroRedundancyOptimizer(groups.unnamed(), optimizer_class=GaLoreAdamW, lr=1e-2)
 

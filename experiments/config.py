@@ -1,0 +1,279 @@
+"""What a pretraining run is: dataclasses, filled from YAML files and `--section.key value` by jsonargparse."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from experiments.data import DataConfig
+from experiments.llama import LlamaConfig
+
+SECTIONS = ("model", "data", "optim", "train", "track")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; one line for the user."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer; the defaults are tuned for the default run.
+
+    Args:
+        name: galore_adamw (this package) or adamw (torch's, fused).
+        lr: Learning rate of the projected matrices.
+        other_lr: Learning rate of everything else (embedding, head, norms); `lr` if null.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay of the matrices.
+        rank: Rank of the projection, or a fraction of the short side; not used by adamw, like all that follows.
+        update_proj_gap: Steps between two refreshes of a basis.
+        scale: Factor on the projected update.
+        proj_type: Which side is projected.
+        basis: How a basis is found.
+        stagger: Spread the refreshes over the period.
+    """
+
+    name: Literal["galore_adamw", "adamw"] = "galore_adamw"
+    lr: float = 7e-3
+    other_lr: float | None = 2e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    rank: int | float = 32
+    update_proj_gap: int = 50
+    scale: float = 1.0
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    basis: Literal["svd", "subspace"] = "svd"
+    stagger: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Sequences in one forward pass of one process.
+        seq_len: Tokens in a sequence.
+        accumulate: Forward passes in one optimizer step.
+        clip: Largest norm of all gradients together; 0 for no clipping.
+        warmup: Steps over which the learning rate rises from 0.
+        min_lr_ratio: Where the cosine ends, as a fraction of the learning rate.
+        seed: Seeds the weights, and is added to `data.seed`, which seeds the order of the text.
+        dtype: Of weights, gradients and activations.
+        compile: Run the model through torch.compile.
+        device: auto takes a GPU where there is one.
+        threads: CPU threads of torch; 0 leaves torch's own choice.
+        eval_every: Steps between two evaluations; there is one before the first step and one after the last.
+        eval_batches: Validation batches in one evaluation, always the same ones.
+        log_every: Steps between two rows of metrics.
+        save_every: Steps between two checkpoints; 0 for none but the last.
+        keep: How many checkpoints stay.
+    """
+
+    steps: int = 700
+    batch_size: int = 16
+    seq_len: int = 128
+    accumulate: int = 1
+    clip: float = 1.0
+    warmup: int = 30
+    min_lr_ratio: float = 0.1
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    device: str = "auto"
+    threads: int = 0
+    eval_every: int = 100
+    eval_batches: int = 16
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses what no run can mean."""
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_every", "eval_batches", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("clip", "warmup", "threads", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"train.min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where curves go besides metrics.jsonl.
+
+    Args:
+        wandb: auto uses Weights & Biases where it is installed, offline without a login; on says so when it is not
+            installed; off never.
+        project: wandb project.
+        name: Name of the run, also the end of the default run directory; model and optimizer if null.
+        group: wandb group.
+        tags: wandb tags.
+    """
+
+    wandb: Literal["auto", "on", "off"] = "auto"
+    project: str = "lowrank_optim"
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Args:
+        model: The model's sizes.
+        data: The text.
+        optim: The optimizer.
+        train: The loop.
+        track: Where curves go.
+        run_dir: Directory of the run; runs/<date-time>-<name> if null.
+        resume: auto continues the newest good checkpoint of `run_dir`; never refuses a directory that holds a run; a
+            checkpoint file or a run directory continues that one.
+        dry_run: Print the parameter groups and the predicted memory, and stop.
+    """
+
+    model: LlamaConfig = field(default_factory=LlamaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    run_dir: str | None = None
+    resume: str = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses sections that do not fit each other."""
+        if self.train.seq_len > self.model.max_len:
+            raise ConfigError(f"train.seq_len={self.train.seq_len} is longer than model.max_len={self.model.max_len}")
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints one line and leaves with 2; an unknown key comes with the nearest known one."""
+        line = " ".join(message.split())
+        known = [action.dest for action in self._actions]
+        unknown = re.search(
+            r"unrecognized arguments: --(\S+?)[= ]|Group '(\S+)' does not accept option '(\S+)'", line + " "
+        )
+        if unknown:
+            key = unknown[1] or f"{unknown[2]}.{unknown[3]}"
+            near = difflib.get_close_matches(key, known, n=1)
+            line = f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Reads the command line; `--print_config`, `--help` and a mistake leave the program here.
+
+    Raises:
+        ConfigError: If a value is one that no run can have.
+    """
+    usage = "python -m experiments.pretrain [--config FILE] [--data PATH] [--section.key VALUE ...]"
+    parser = _Parser(prog="pretrain", usage=usage, description="Pretrains a LLaMA.")
+    parser.add_argument("--config", action="config", help="YAML file; later options win")
+    parser.add_class_arguments(Config)
+    _explain(parser)
+    given = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(given):
+        # a switch alone reads as true, and `--data PATH` is short for its most used key
+        if word == "--dry_run" and (i + 1 == len(given) or given[i + 1].startswith("--")):
+            given[i] = "--dry_run=true"
+        elif word == "--data" or word.startswith("--data="):
+            given[i] = word.replace("--data", "--data.path", 1)
+    parsed = parser.parse_args(given)
+    try:
+        values = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _explain(parser: ArgumentParser) -> None:
+    """Gives each option its line of the dataclasses' docstrings, so that they are written once."""
+    texts: dict[str, str] = {}
+    for prefix, section in [("", Config()), *((f"{name}.", getattr(Config(), name)) for name in SECTIONS)]:
+        described = inspect.cleandoc(section.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", described, re.MULTILINE):
+            texts[prefix + name] = " ".join(text.split()).replace("%", "%%")
+    for group in parser._action_groups:
+        if group.title and group.title.startswith("<class"):
+            owner = group._group_actions[0].dest.partition(".")[0]
+            group.title = owner if owner in SECTIONS else "the run"
+    texts |= dict.fromkeys(SECTIONS, "YAML file with this section") | {"data": "short for --data.path"}
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest]
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists, which YAML, JSON, wandb and a checkpoint can hold."""
+    return {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def as_yaml(config: Config) -> str:
+    """The configuration as a file that `--config` reads."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any], data: dict[str, Any], world_size: int) -> list[str]:
+    """Compares a checkpoint with the run that wants to go on from it.
+
+    Sizes, data, optimizer and the shape of a batch decide what the checkpoint's numbers mean and cannot change; the
+    rest of the loop may, and then the run is no longer the one that was interrupted.
+
+    Args:
+        saved: The checkpoint.
+        config: The new run's configuration.
+        data: The fingerprint of its data.
+        world_size: Its number of processes.
+
+    Returns:
+        A line for the user if something changed that may.
+
+    Raises:
+        ConfigError: If something changed that cannot.
+    """
+    fixed = ("model.", "data.", "optim.", "train.seed", "train.batch_size", "train.seq_len", "train.accumulate")
+    old, new = flat(saved["config"]), flat(config)
+    old |= {"data.fingerprint": saved["data"], "train.processes": len(saved["batches"])}
+    new |= {"data.fingerprint": data, "train.processes": world_size}
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith("track.")]
+    changed = [k for k in changed if k not in ("run_dir", "resume")]
+    fatal = [k for k in changed if k.startswith((*fixed, "train.dtype", "train.processes"))]
+    lines = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in changed}
+    steps = config["train"]["steps"]
+    if saved["step"] >= steps != saved["config"]["train"]["steps"]:
+        raise ConfigError(f"the checkpoint is at step {saved['step']} already, train.steps={steps} ends before")
+    if fatal:
+        raise ConfigError(f"this run cannot go on with {'; '.join(lines[k] for k in fatal)}: name another --run_dir")
+    return [f"going on with other settings than before: {'; '.join(lines.values())}"] if lines else []
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,86 @@
+"""Plots of a run from its `metrics.jsonl`: loss over tokens, memory over steps.
+
+`python -m experiments.curves RUN_DIR` draws them again.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+# a file is drawn, never a window
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from experiments.tracking import read
+
+Rows = Sequence[dict[str, Any]]
+
+
+def curve(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
+    """The points of one metric over its axis; rows without it, and values that were not finite, are left out."""
+    points = [(row[x], row[y]) for row in rows if row.get(y) is not None]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def draw_loss(rows: Rows, path: Path) -> None:
+    """Training and validation loss over tokens."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    ax.plot(*curve(rows, "tokens", "train/loss"), lw=1, alpha=0.6, label="training")
+    x, y = curve(rows, "tokens", "eval/loss")
+    ax.plot(x, y, "o-", ms=4, label=f"validation, last {y[-1]:.3f}" if y else "validation")
+    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw_memory(rows: Rows, path: Path) -> None:
+    """Left: what the run must hold, to the byte, beside AdamW's state. Right: what the machine measured."""
+    fig, (exact, measured) = plt.subplots(1, 2, figsize=(10.0, 4.0), layout="constrained")
+    shown = (
+        ("mem/adamw_state_bytes", "AdamW's state", "--"),
+        ("mem/opt_state_bytes", "optimizer state", "-"),
+        ("mem/basis_bytes", "of it bases", ":"),
+        ("mem/params_bytes", "weights", "-."),
+        ("mem/grads_bytes", "gradients", (0, (1, 4))),
+    )
+    for name, label, style in shown:
+        x, y = curve(rows, "step", name)
+        exact.plot(x, [v / 2**20 for v in y], ls=style, label=f"{label}, {y[-1] / 2**20:.2f} MiB" if y else label)
+    exact.set(xlabel="step", ylabel="MiB", title="Computed")
+    on_cpu = ("mem/rss_gib", "mem/rss_peak_gib")
+    on_cuda = ("mem/allocated_cur_gib", "mem/allocated_peak_gib", "mem/peak_in_backward_gib", "mem/peak_in_step_gib")
+    for name in on_cpu + on_cuda:
+        x, y = curve(rows, "step", name)
+        if y:
+            measured.plot(x, y, label=name.removeprefix("mem/").removesuffix("_gib").replace("_", " "))
+    measured.set(xlabel="step", ylabel="GiB", title="Measured")
+    for ax in (exact, measured):
+        ax.grid(alpha=0.3)
+        # from zero, so that heights compare, with room for the legend
+        ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
+        if ax.lines:
+            ax.legend(fontsize=8, loc="upper right", ncols=2)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw(directory: Path) -> list[Path]:
+    """Writes `loss.png` and `memory.png` into a run directory and returns their paths."""
+    rows = read(directory / "metrics.jsonl")
+    paths = [directory / "loss.png", directory / "memory.png"]
+    draw_loss(rows, paths[0])
+    draw_memory(rows, paths[1])
+    return paths
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m experiments.curves RUN_DIR")
+    for written in draw(Path(sys.argv[1])):
+        print(written)
