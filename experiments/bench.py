@@ -4,10 +4,11 @@
     python -m experiments.bench --gpu --out experiments/results/bench_gpu.json
     python -m experiments.bench --workload tiny --gap 5 --entries adamw_fused galore_subspace
 
-All optimizers take turns, one step each a round, so that noise on a shared machine hits all the same. After the first
-step every step of the refresh period is timed in several periods and its fastest time kept; medians, minima and the
-worst step are taken over that period. Figures in parentheses are floors: the time this machine would need if memory
-moved at its copy bandwidth and arithmetic ran at its matrix-product speed, both measured in the same process.
+All optimizers take turns, one step each a round, so that noise on a shared machine hits all the same. The first step is
+the fastest of several on fresh optimizers. After it every step of the refresh period is timed in several periods and
+its fastest time kept; medians, minima and the worst step are taken over that period. Figures in parentheses are floors:
+the time this machine would need if memory moved at its copy bandwidth and arithmetic ran at its matrix-product speed,
+both measured in the same process.
 """
 
 import argparse
@@ -26,12 +27,16 @@ from experiments.machine import command, machine
 MIB = 2**20
 
 
+class BaselineError(ValueError):
+    """The optimizer that ratios are to cannot be measured; one line for the user."""
+
+
 def summarize(racer: Racer, work: Workload, limits: Limits, gap: int) -> dict[str, Any]:
     """All figures of one optimizer, each with its floor; times in milliseconds, memory in bytes."""
     least = least_work(racer.entry, work)
     period = racer.best_period(gap)
-    raw = torch.tensor(racer.times[1:], dtype=torch.float64) * 1e3
-    first, median, worst = racer.times[0] * 1e3, float(period.median()), float(period.max())
+    raw = torch.tensor(racer.times, dtype=torch.float64) * 1e3
+    first, median, worst = min(racer.firsts) * 1e3, float(period.median()), float(period.max())
     step_floor = limits.step_ms(least)
     refresh = sorted((limits.refresh_ms(flops) for flops in least.refresh_flops), reverse=True)
     # spread over the period, or all in one step; a short period has some in every step
@@ -60,7 +65,11 @@ def summarize(racer: Racer, work: Workload, limits: Limits, gap: int) -> dict[st
         "extra_worst_bytes": racer.extra["worst"],
         "extra_worst_floor_bytes": least.refresh_extra_bytes,
     }
-    return figures | {"step_ms": [round(seconds * 1e3, 4) for seconds in racer.times]}
+    return figures | {"first_step_ms": _rounded(racer.firsts), "step_ms": _rounded(racer.times)}
+
+
+def _rounded(times: list[float]) -> list[float]:
+    return [round(seconds * 1e3, 4) for seconds in times]
 
 
 def bench(workload: str, names: Sequence[str], *, gap: int, periods: int, baseline: str, device: str) -> dict[str, Any]:
@@ -70,8 +79,8 @@ def bench(workload: str, names: Sequence[str], *, gap: int, periods: int, baseli
     sets = gradient_sets(work, device)
     racers, absent = line_up({name: ENTRIES[name] for name in names}, work, gap, device, sets[0])
     if baseline not in racers:
-        raise ValueError(f"baseline {baseline!r} was not measured; measured: {', '.join(racers)}")
-    race(racers, sets, gap, periods, device)
+        raise BaselineError(f"--baseline {baseline}: {absent.get(baseline, 'not among the entries')}")
+    race(racers, work, sets, gap, periods, device)
     for racer in racers.values():
         measure_extra(racer, work, sets, gap, device)
     results = {name: summarize(racer, work, limits, gap) for name, racer in racers.items()}
@@ -172,9 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     document: dict[str, Any] = {"command": command("experiments.bench", argv), "machine": machine(device)}
     document["workloads"] = []
     for workload in args.workload:
-        report = bench(
-            workload, args.entries, gap=args.gap, periods=args.periods, baseline=args.baseline, device=device
-        )
+        sizes = {"gap": args.gap, "periods": args.periods}
+        try:
+            report = bench(workload, args.entries, **sizes, baseline=args.baseline, device=device)
+        except BaselineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         document["workloads"].append(report)
         document["load_average_after"] = machine(device)["load_average"]
         print(tables(report), flush=True)

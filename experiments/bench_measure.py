@@ -117,6 +117,7 @@ class Racer:
     params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     times: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
     state: tuple[int, int] = (0, 0)
     extra: dict[str, int] = field(default_factory=dict)
 
@@ -125,17 +126,17 @@ class Racer:
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g
 
-    def timed_step(self, device: str) -> None:
-        """One step, in seconds."""
+    def timed_step(self, device: str) -> float:
+        """Seconds of one step."""
         synchronize(device)
         start = time.perf_counter()
         self.optimizer.step()
         synchronize(device)
-        self.times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
 
     def best_period(self, gap: int) -> Tensor:
         """Milliseconds of each step of a refresh period: the fastest of the periods, which is free of most noise."""
-        after_first = torch.tensor(self.times[1:], dtype=torch.float64) * 1e3
+        after_first = torch.tensor(self.times, dtype=torch.float64) * 1e3
         return after_first.reshape(-1, gap).amin(0)
 
 
@@ -159,20 +160,29 @@ def line_up(
     return racers, absent
 
 
-def race(racers: dict[str, Racer], sets: list[list[Tensor]], gap: int, periods: int, device: str) -> None:
+def race(
+    racers: dict[str, Racer], work: Workload, sets: list[list[Tensor]], gap: int, periods: int, device: str
+) -> None:
     """Round-robin: every racer takes one step a round, in an order that rotates, so noise hits all the same.
 
-    The first step, then `periods` whole refresh periods: optimizers that spread their refreshes show all of them.
+    The first step, on `periods` fresh optimizers because each has but one; then, of the last of them, `periods` whole
+    refresh periods: optimizers that spread their refreshes show all of them.
     """
     order = list(racers.values())
     rounds = 1 + periods * gap
     gc.collect()
     gc.disable()
     try:
-        for t in range(rounds):
+        for _ in range(periods):
+            for racer in order:
+                racer.optimizer = racer.entry.build(racer.params, work.rank, gap)
+                racer.feed(sets[0])
+                racer.firsts.append(racer.timed_step(device))
+            order.append(order.pop(0))
+        for t in range(1, rounds):
             for racer in order:
                 racer.feed(sets[t % len(sets)])
-                racer.timed_step(device)
+                racer.times.append(racer.timed_step(device))
             order.append(order.pop(0))
             if rounds >= 10 and t % (rounds // 10) == 0:
                 print(f"round {t + 1} of {rounds}", file=sys.stderr, flush=True)

@@ -139,9 +139,13 @@ def _sides(shape: Shape, rank: int) -> tuple[int, int, int]:
 
 
 def _refresh_flops(basis: str, short: int, long: int, rank: int) -> int:
+    # Householder QR of short × rank with Q formed
+    qr = 4 * short * rank**2 - 4 * rank**3 // 3
+    if basis == "sketch":
+        return 2 * short * long * rank + qr
     if basis == "subspace":
-        # G (G' Q), then Householder QR of short × rank with Q formed
-        return 4 * short * long * rank + 4 * short * rank**2 - 4 * rank**3 // 3
+        # G (G' Q)
+        return 4 * short * long * rank + qr
     # Golub and Van Loan's counts for singular values and the short side's vectors: with and without a QR first
     return min(4 * long * short**2 + 8 * short**3, 2 * long * short**2 + 11 * short**3)
 
@@ -152,7 +156,7 @@ def least_work(entry: Entry, work: Workload) -> Work:
     AdamW reads weight, gradient and two moments and writes all but the gradient. GaLore reads weight, gradient, basis
     and two moments of rank × long side, writes the weight and the moments, and multiplies twice (down and back up);
     it must hold one matrix's coordinates, and a refresh must hold one new basis. The first step finds all bases, where
-    refreshes are staggered by one power iteration from a random start.
+    refreshes are staggered by one product with a random matrix.
     """
     item = work.dtype.itemsize
     state_item = 4 if entry.float32_state else item
@@ -163,7 +167,7 @@ def least_work(entry: Entry, work: Workload) -> Work:
         step_bytes=sum(3 * s * n * item + (s * r + 4 * r * n) * state_item for s, n, r in sides),
         step_flops=sum(4 * s * n * r for s, n, r in sides),
         refresh_flops=tuple(_refresh_flops(entry.basis, *side) for side in sides),
-        first_flops=sum(_refresh_flops("subspace" if entry.stagger else entry.basis, *side) for side in sides),
+        first_flops=sum(_refresh_flops("sketch" if entry.stagger else entry.basis, *side) for side in sides),
         state_bytes=sum((2 * r * n + s * r) * state_item for s, n, r in sides),
         extra_bytes=max(r * n * state_item for s, n, r in sides),
         refresh_extra_bytes=max((s * r + r * n) * state_item for s, n, r in sides),

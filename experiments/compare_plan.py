@@ -71,19 +71,42 @@ class Comparison:
 
 def load(path: Path) -> Comparison:
     """Read a comparison file; a key that means nothing is an error."""
-    tree = yaml.safe_load(path.read_text()) or {}
+    tree = _mapping(yaml.safe_load(path.read_text()) or {}, str(path))
     if unknown := set(tree) - set(Comparison.__dataclass_fields__):
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known: {sorted(Comparison.__dataclass_fields__)}")
     arms = {}
-    for name, arm in (tree.pop("arms", None) or {}).items():
-        if set(arm) != {"args", "grid"}:
+    for name, arm in _mapping(tree.pop("arms", None) or {}, f"{path}: arms").items():
+        if set(_mapping(arm, f"{path}: arm {name!r}")) != {"args", "grid"}:
             raise ValueError(f"{path}: arm {name!r} must have the keys args and grid, got {sorted(arm)}")
-        # float(): YAML reads 1e-3 as a word
-        grid = {key: tuple(sorted(float(value) for value in values)) for key, values in arm["grid"].items()}
-        arms[name] = Arm(arm["args"] or {}, grid)
-    if "seeds" in tree:
-        tree["seeds"] = tuple(tree["seeds"])
+        args = _mapping(arm["args"] or {}, f"{path}: args of {name!r}")
+        grid = _mapping(arm["grid"], f"{path}: grid of {name!r}")
+        arms[name] = Arm(args, {key: _values(values, f"{path}: {key} of {name!r}") for key, values in grid.items()})
+    if "common" in tree:
+        tree["common"] = _mapping(tree["common"] or {}, f"{path}: common")
+    seeds = tree["seeds"] = tree.get("seeds", list(Comparison.seeds))
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in [*seeds, tree.get("tune_seed", 0)]):
+        raise ValueError(f"{path}: seeds must be a list of whole numbers, and tune_seed one")
+    tree["seeds"] = tuple(seeds)
+    for key in ("baseline", "seed_key"):
+        if not isinstance(tree.get(key, ""), str):
+            raise ValueError(f"{path}: {key} must be a word, got {tree[key]!r}")
     return Comparison(arms, **tree)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} must be a mapping with words as keys, got {value!r}")
+    return value
+
+
+def _values(values: Any, what: str) -> tuple[float, ...]:
+    try:
+        if isinstance(values, list) and values:
+            # float(): YAML reads 1e-3 as a word
+            return tuple(sorted(float(value) for value in values))
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{what} must be a list of numbers, got {values!r}")
 
 
 @dataclass

@@ -70,6 +70,12 @@ def arm_report(comparison: Comparison, now: Plan, results: dict[str, Result], ar
     return report
 
 
+def threads_of_runs(results: dict[str, Result], out: Path) -> list[int]:
+    """The thread counts that the runs worked with; this process has its own."""
+    files = [out / key / "environment.json" for key in results]
+    return sorted({json.loads(file.read_text())["environment"]["threads"] for file in files if file.exists()})
+
+
 def table(document: dict[str, Any]) -> str:
     """The comparison in Markdown, then what did not go well."""
     knobs, base = document["knobs"], document["baseline"]
@@ -170,7 +176,7 @@ def _draw_tuning(ax: Axes, arms: dict[str, Any], knob: str) -> None:
             ticks.append(value)
     ax.set_xticks(ticks, [f"{value:.2g}" for value in ticks])
     ax.set_xticks([], minor=True)
-    ax.set(xlabel=knob, ylabel="validation loss, tuning seed")
+    ax.set(title="on the tuning seed", xlabel=knob, ylabel="validation loss, nats per token")
     if ax.lines:
         ax.legend()
 
@@ -216,6 +222,7 @@ def write_report(
     document = {
         "command": told,
         "machine": machine(),
+        "threads_of_runs": threads_of_runs(results, out),
         "jobs": jobs,
         "complete": now.done,
         "baseline": comparison.baseline or next(iter(comparison.arms)),

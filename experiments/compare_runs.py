@@ -1,5 +1,6 @@
 """The runs of a comparison: processes of `experiments.pretrain`, known by their arguments, done by their summary."""
 
+import functools
 import hashlib
 import json
 import math
@@ -13,8 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from experiments.config import Config, as_dict
+from experiments.same_run import flat
+
 # a comparison may be started from anywhere; the runs import from this checkout
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# where a run lies and who watches it does not change its numbers
+_NO_MATTER = ("config", "run_dir", "resume", "dry_run", "track.")
+
+
+@functools.cache
+def resolved_defaults() -> dict[str, Any]:
+    """What `experiments.pretrain` does without options, by dotted keys: a changed default makes other runs."""
+    return flat(as_dict(Config()))
+
+
+def _file_options(name: Any) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(str(name)).read_text()) if name is not None else None
+    # the run itself says best what is wrong with its file
+    except (OSError, ValueError, yaml.YAMLError):
+        return {"file": str(name)}
+    return flat(tree) if isinstance(tree, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -34,8 +59,13 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Name of its directory; the digest makes a run with any other argument another run."""
-        digest = hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:8]
+        """Name of its directory; the digest makes a run with any other argument another run, defaults included."""
+        # the file's options count as they are now, not its name
+        base = [*resolved_defaults().items(), *_file_options(self.args.get("config")).items()]
+        options = {key: value if isinstance(value, str) else json.dumps(value) for key, value in base}
+        options |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.args.items()}
+        counted = [f"{key}={value}" for key, value in sorted(options.items()) if not key.startswith(_NO_MATTER)]
+        digest = hashlib.sha256("\n".join(counted).encode()).hexdigest()[:8]
         settings = ",".join(f"{key.rpartition('.')[2]}={value:g}" for key, value in self.settings.items())
         return f"{self.arm}/{settings},seed={self.seed}-{digest}"
 
@@ -46,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: "done", "diverged" (its loss is no number) or "failed" (no summary; `message` says why)."""
+    """How a run ended: "done", "diverged" (a loss is no number) or "failed" (no summary); `message` says why."""
 
     run: Run
     status: str
@@ -61,9 +91,11 @@ def read_result(run: Run, out: Path) -> Result | None:
     if not path.exists():
         return None
     summary = json.loads(path.read_text())
-    loss = summary["val_loss"]
+    loss, train_loss = summary["val_loss"], summary.get("train_loss", 0.0)
     if loss is None or not math.isfinite(loss):
         return Result(run, "diverged", message="the loss is no number", summary=summary)
+    if train_loss is None or not math.isfinite(train_loss):
+        return Result(run, "diverged", message="its last steps were skipped", summary=summary)
     return Result(run, "done", float(loss), summary=summary)
 
 

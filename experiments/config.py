@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -117,7 +118,7 @@ class TrackConfig:
         wandb: auto uses Weights & Biases where it is installed, offline without a login; on says so when it is not
             installed; off never.
         project: wandb project.
-        name: Name of the run, also the end of the default run directory; model and optimizer if null.
+        name: Name of the run, also the end of the default run directory (the optimizer's name if null).
         group: wandb group.
         tags: wandb tags.
     """
@@ -166,10 +167,12 @@ class _Parser(ArgumentParser):
         line = " ".join(message.split())
         known = [action.dest for action in self._actions]
         unknown = re.search(
-            r"unrecognized arguments: --(\S+?)[= ]|Group '(\S+)' does not accept option '(\S+)'", line + " "
+            r"unrecognized arguments: --(\S+?)[= ]|Group '(\S+)' does not accept option '(\S+)'"
+            r"|Option '(\S+)' is not accepted",
+            line + " ",
         )
         if unknown:
-            key = unknown[1] or f"{unknown[2]}.{unknown[3]}"
+            key = unknown[1] or (unknown[4] or "").partition(".")[0] or f"{unknown[2]}.{unknown[3]}"
             near = difflib.get_close_matches(key, known, n=1)
             line = f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
         print(f"error: {line}", file=sys.stderr)
@@ -183,7 +186,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         ConfigError: If a value is one that no run can have.
     """
     usage = "python -m experiments.pretrain [--config FILE] [--data PATH] [--section.key VALUE ...]"
-    parser = _Parser(prog="pretrain", usage=usage, description="Pretrains a LLaMA.")
+    # a shortened key would be taken for the first one that begins like it
+    parser = _Parser(prog="pretrain", usage=usage, description="Pretrains a LLaMA.", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options win")
     parser.add_class_arguments(Config)
     _explain(parser)
@@ -194,12 +198,42 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             given[i] = "--dry_run=true"
         elif word == "--data" or word.startswith("--data="):
             given[i] = word.replace("--data", "--data.path", 1)
+        elif word == "--config" or word.startswith("--config="):
+            _check_file(word.partition("=")[2] or next(iter(given[i + 1 :]), ""))
     parsed = parser.parse_args(given)
+    _check_values(parsed)
     try:
         values = parser.instantiate(parsed)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _check_file(name: str) -> None:
+    # jsonargparse's words for these do not name the file; all other mistakes are left to it
+    try:
+        content = yaml.safe_load(Path(name).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if content is None:
+        raise ConfigError(f"{name} is empty")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name} must hold sections such as `train: {{steps: 100}}`, not a {type(content).__name__}")
+
+
+def _check_values(parsed: Any) -> None:
+    # jsonargparse takes a null in a file for any value, and anything for a section
+    for name in SECTIONS:
+        section, default = getattr(parsed, name), getattr(Config(), name)
+        if not hasattr(section, "__dict__"):
+            raise ConfigError(f"{name} must be a section of options, got {section!r}")
+        for key, value in vars(section).items():
+            kinds = get_type_hints(type(default))
+            if value is None and key in kinds and type(None) not in get_args(kinds[key]):
+                raise ConfigError(f"{name}.{key} must not be null")
+    for key in ("resume", "dry_run"):
+        if getattr(parsed, key) is None:
+            raise ConfigError(f"{key} must not be null")
 
 
 def _explain(parser: ArgumentParser) -> None:
@@ -227,48 +261,6 @@ def as_dict(config: Any) -> dict[str, Any]:
 def as_yaml(config: Config) -> str:
     """The configuration as a file that `--config` reads."""
     return yaml.safe_dump(as_dict(config), sort_keys=False)
-
-
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], data: dict[str, Any], world_size: int) -> list[str]:
-    """Compares a checkpoint with the run that wants to go on from it.
-
-    Sizes, data, optimizer and the shape of a batch decide what the checkpoint's numbers mean and cannot change; the
-    rest of the loop may, and then the run is no longer the one that was interrupted.
-
-    Args:
-        saved: The checkpoint.
-        config: The new run's configuration.
-        data: The fingerprint of its data.
-        world_size: Its number of processes.
-
-    Returns:
-        A line for the user if something changed that may.
-
-    Raises:
-        ConfigError: If something changed that cannot.
-    """
-    fixed = ("model.", "data.", "optim.", "train.seed", "train.batch_size", "train.seq_len", "train.accumulate")
-    old, new = flat(saved["config"]), flat(config)
-    old |= {"data.fingerprint": saved["data"], "train.processes": len(saved["batches"])}
-    new |= {"data.fingerprint": data, "train.processes": world_size}
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith("track.")]
-    changed = [k for k in changed if k not in ("run_dir", "resume")]
-    fatal = [k for k in changed if k.startswith((*fixed, "train.dtype", "train.processes"))]
-    lines = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in changed}
-    steps = config["train"]["steps"]
-    if saved["step"] >= steps != saved["config"]["train"]["steps"]:
-        raise ConfigError(f"the checkpoint is at step {saved['step']} already, train.steps={steps} ends before")
-    if fatal:
-        raise ConfigError(f"this run cannot go on with {'; '.join(lines[k] for k in fatal)}: name another --run_dir")
-    return [f"going on with other settings than before: {'; '.join(lines.values())}"] if lines else []
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def _plain(value: Any) -> Any:

@@ -166,6 +166,10 @@ def open_tokens(file: Path, dtype: str | None) -> tuple[Tokens, dict[str, Any]]:
         raise DataError(f"{sidecar}: not valid JSON: {error}") from error
     if not isinstance(about, dict):
         raise DataError(f"{sidecar}: expected an object such as {{'dtype': 'uint16'}}")
+    for key in ("vocab_size", "bytes_per_token"):
+        value = about.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise DataError(f"{sidecar}: {key} must be a positive number, got {value!r}")
     name = about.get("dtype", dtype)
     if name not in TOKEN_DTYPES:
         example = '{"dtype": "uint16", "vocab_size": 32000}'

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-# a file is drawn, never a window
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from experiments.tracking import read
 
 Rows = Sequence[dict[str, Any]]
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which is slow to import and may be missing; a file is drawn, never a window."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 def curve(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -26,39 +29,48 @@ def curve(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def draw_loss(rows: Rows, path: Path) -> None:
+def draw_loss(rows: Rows, path: Path, run: str = "") -> None:
     """Training and validation loss over tokens."""
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     ax.plot(*curve(rows, "tokens", "train/loss"), lw=1, alpha=0.6, label="training")
     x, y = curve(rows, "tokens", "eval/loss")
     ax.plot(x, y, "o-", ms=4, label=f"validation, last {y[-1]:.3f}" if y else "validation")
-    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss")
+    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title=run or "Loss")
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def draw_memory(rows: Rows, path: Path) -> None:
+def draw_memory(rows: Rows, path: Path, run: str = "") -> None:
     """Left: what the run must hold, to the byte, beside AdamW's state. Right: what the machine measured."""
+    plt = pyplot()
     fig, (exact, measured) = plt.subplots(1, 2, figsize=(10.0, 4.0), layout="constrained")
     shown = (
         ("mem/adamw_state_bytes", "AdamW's state", "--"),
         ("mem/opt_state_bytes", "optimizer state", "-"),
-        ("mem/basis_bytes", "of it bases", ":"),
+        ("mem/basis_bytes", "bases (part of it)", ":"),
         ("mem/params_bytes", "weights", "-."),
         ("mem/grads_bytes", "gradients", (0, (1, 4))),
     )
     for name, label, style in shown:
         x, y = curve(rows, "step", name)
         exact.plot(x, [v / 2**20 for v in y], ls=style, label=f"{label}, {y[-1] / 2**20:.2f} MiB" if y else label)
+    if run:
+        fig.suptitle(run)
     exact.set(xlabel="step", ylabel="MiB", title="Computed")
-    on_cpu = ("mem/rss_gib", "mem/rss_peak_gib")
-    on_cuda = ("mem/allocated_cur_gib", "mem/allocated_peak_gib", "mem/peak_in_backward_gib", "mem/peak_in_step_gib")
-    for name in on_cpu + on_cuda:
-        x, y = curve(rows, "step", name)
+    for name, label in (
+        ("rss", "resident (RSS)"),
+        ("rss_peak", "resident (RSS), peak"),
+        ("allocated_cur", "allocated"),
+        ("allocated_peak", "allocated, peak"),
+        ("peak_in_backward", "peak in the backward pass"),
+        ("peak_in_step", "peak in the optimizer step"),
+    ):
+        x, y = curve(rows, "step", f"mem/{name}_gib")
         if y:
-            measured.plot(x, y, label=name.removeprefix("mem/").removesuffix("_gib").replace("_", " "))
+            measured.plot(x, y, label=label)
     measured.set(xlabel="step", ylabel="GiB", title="Measured")
     for ax in (exact, measured):
         ax.grid(alpha=0.3)
@@ -74,13 +86,26 @@ def draw(directory: Path) -> list[Path]:
     """Writes `loss.png` and `memory.png` into a run directory and returns their paths."""
     rows = read(directory / "metrics.jsonl")
     paths = [directory / "loss.png", directory / "memory.png"]
-    draw_loss(rows, paths[0])
-    draw_memory(rows, paths[1])
+    run = directory.resolve().name
+    draw_loss(rows, paths[0], run)
+    draw_memory(rows, paths[1], run)
     return paths
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws the plots of one run directory; what is missing is one line on stderr and 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1:
+        print("usage: python -m experiments.curves RUN_DIR", file=sys.stderr)
+        return 2
+    try:
+        for written in draw(Path(argv[0])):
+            print(written)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m experiments.curves RUN_DIR")
-    for written in draw(Path(sys.argv[1])):
-        print(written)
+    sys.exit(main())

@@ -78,6 +78,8 @@ class DataConfig:
     streaming: bool | None = None
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise DataError("data.path is empty: give 'offline', a file, a folder, a pattern or hf:NAME")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
         if self.val_tokens < 1:
@@ -103,7 +105,6 @@ class Corpus:
         seq_len: Tokens per sequence, T.
         seed: Order of the training sequences.
         token_limit: The model's vocabulary size, which no id may reach.
-        vocab_size: Ids that the tokens can take.
         bytes_per_token: UTF-8 bytes of the validation text per token, separators counted as one byte; bits per byte are
             nats per token / log(2) / this. None where raw tokens do not say.
         fingerprint: Counts and a checksum: equal for equal data.
@@ -115,7 +116,6 @@ class Corpus:
     seq_len: int
     seed: int
     token_limit: int
-    vocab_size: int
     bytes_per_token: float | None
     fingerprint: dict[str, str | int]
     val: Tokens = field(repr=False)
@@ -176,7 +176,6 @@ def load_corpus(config: DataConfig, *, seq_len: int, vocab_size: int) -> Corpus:
         seq_len=seq_len,
         seed=config.seed,
         token_limit=vocab_size,
-        vocab_size=read.vocab_size,
         bytes_per_token=read.bytes_per_token,
         fingerprint={
             "path": config.path,

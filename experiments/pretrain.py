@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,42 +26,20 @@ from torch import Tensor, nn
 
 from experiments import checkpoint
 from experiments.checkpoint import CheckpointError
-from experiments.config import Config, ConfigError, OptimConfig, as_dict, as_yaml, check_same_run, parse
+from experiments.config import Config, ConfigError, as_dict, as_yaml, parse
 from experiments.corpus import DataError
+from experiments.curves import draw
 from experiments.data import load_corpus
 from experiments.llama import Llama
-from experiments.report import final_table, plan, progress, progress_bar, speaker
+from experiments.optimizer import build_optimizer, lr_factor
+from experiments.report import final_table, plan, progress, progress_bar, speaker, summarize
+from experiments.run_dir import environment_file, find_start, open_directory
+from experiments.same_run import check_same_run
 from experiments.stopping import StopRequest
 from experiments.tracking import Tracker, environment, without_nan
-from lowrank_optim import GaLoreAdamW, MemoryMeter, ParamGroups, adamw_state_bytes, param_groups
+from lowrank_optim import MemoryMeter, adamw_state_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build_optimizer(model: nn.Module, c: OptimConfig) -> tuple[torch.optim.Optimizer, ParamGroups]:
-    """The optimizer and the groups it was given; `lr` goes to the matrices, `other_lr` to everything else."""
-    projection: dict[str, Any] = {key: getattr(c, key) for key in ("update_proj_gap", "scale", "proj_type", "basis")}
-    try:
-        groups = param_groups(model, rank=c.rank, weight_decay=c.weight_decay, other_lr=c.other_lr, **projection)
-        shared: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps}
-        if c.name == "adamw":
-            for group in groups:
-                for key in ("rank", *projection):
-                    group.pop(key, None)
-            fused = not next(model.parameters()).is_meta
-            # copies, because torch takes the names out of the groups it is given
-            return torch.optim.AdamW([dict(group) for group in groups], **shared, fused=fused), groups
-        return GaLoreAdamW(groups, **shared, stagger=c.stagger), groups
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from error
-
-
-def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
-    """Factor on every learning rate at `step` (from 1): linear warm-up, then a cosine down to `floor`."""
-    if step < warmup:
-        return step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class Objective(nn.Module):
@@ -80,11 +58,15 @@ def pick_device(name: str) -> torch.device:
     """The device of this process: its own GPU under torchrun, and for `auto` a GPU only where there is one."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "meta":
+            raise ConfigError("train.device=meta holds no numbers: --dry_run is what needs none")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"train.device={name}: torch finds no CUDA device")
         if device.type == "cuda":
             torch.cuda.set_device(device if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=device)
-    # torch raises AssertionError where it was built without CUDA
-    except (RuntimeError, AssertionError) as error:
+    # torch raises the others for devices that it was built without
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"train.device={name}: {str(error).splitlines()[0]}") from error
     return device
 
@@ -103,8 +85,16 @@ def evaluate(
     return row
 
 
-def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
-    """One run, from its configuration to its summary."""
+def gathered(cursor: dict[str, Any], world: int) -> list[Any]:
+    """The data cursors of all processes, in the order of their ranks."""
+    cursors: list[Any] = [cursor] * world
+    if world > 1:
+        dist.all_gather_object(cursors, cursor)
+    return cursors
+
+
+def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.ExitStack) -> None:
+    """One run, from its configuration to its summary; `held` keeps the run directory from other processes."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(c.train.device)
     if world > 1:
@@ -121,27 +111,32 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
     model = Llama(c.model).to(device, DTYPES[c.train.dtype])
     optimizer, groups = build_optimizer(model, c.optim)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
-    start = checkpoint.find_start(c.run_dir, c.resume, device)
+    start, saved = find_start(c.run_dir, c.resume)
     notes = list(start.notes)
 
     step, position, run_id = 0, 0, None
     loss_sum, loss_count = torch.zeros((), device=device), 0
     totals = {"seconds": 0.0, "busy": 0.0, "skipped": 0, "best_val_loss": math.inf}
-    if (saved := start.state) is not None:
+    unsaved: CheckpointError | None = None
+    if saved is not None:
         notes += check_same_run(saved, as_dict(c), corpus.fingerprint, world)
         step, position, run_id, totals = saved["step"], saved["position"], saved["run_id"], saved["totals"]
-        loss_sum, loss_count = saved["loss_sum"], saved["loss_count"]
+        loss_sum, loss_count = saved["loss_sum"].to(device), saved["loss_count"]
         checkpoint.restore(saved, model, optimizer)
         batches.load_state_dict(saved["batches"][rank])
+        # a second copy of everything, which a run need not carry to its end
+        saved = None
     objective: Any = Objective(model)
+    without_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     if world > 1:
         # no process may change the directory while another still reads it
         dist.barrier()
         objective = nn.parallel.DistributedDataParallel(objective)
+        without_sync = objective.no_sync
     if c.train.compile:
         objective = torch.compile(objective)
 
-    directory = checkpoint.open_directory(start, c.track.name or c.optim.name) if rank == 0 else None
+    directory = held.enter_context(open_directory(start, c.track.name or c.optim.name)) if rank == 0 else None
     bar = progress_bar(c.train.steps, step, rank)
     say = speaker(bar, rank)
     for note in notes:
@@ -151,7 +146,7 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
     say(f"{sum(sizes.values()):,} parameters on {device}; run directory {directory}, from step {step}")
     if directory is not None:
         checkpoint.write_text(directory / "config.yaml", as_yaml(c))
-        checkpoint.write_text(directory / "environment.json", json.dumps(about, indent=2) + "\n")
+        checkpoint.write_text(environment_file(directory, start), json.dumps(about, indent=2) + "\n")
     config = {**as_dict(c), **about}
     tracker = Tracker(directory, position, device=device.type, say=say, run_id=run_id, config=config, track=c.track)
     meter = MemoryMeter(model, optimizer)
@@ -174,12 +169,14 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
                 group["lr"] = peak * factor
             optimizer.zero_grad()
             step_loss = torch.zeros((), device=device)
-            for _ in range(c.train.accumulate):
+            for part in range(c.train.accumulate):
                 tokens, targets = next(batches)
-                with meter.phase("forward"):
-                    loss = objective(tokens.to(device), targets.to(device)) / c.train.accumulate
-                with meter.phase("backward"):
-                    loss.backward()
+                # processes exchange gradients once a step
+                with contextlib.nullcontext() if part + 1 == c.train.accumulate else without_sync():
+                    with meter.phase("forward"):
+                        loss = objective(tokens.to(device), targets.to(device)) / c.train.accumulate
+                    with meter.phase("backward"):
+                        loss.backward()
                 step_loss += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), c.train.clip or math.inf)
             if norm.isfinite():
@@ -197,6 +194,7 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
                 if world > 1:
                     dist.all_reduce(loss_sum)
                 row["train/loss"] = loss_sum.item() / world / loss_count if loss_count else math.nan
+                totals["train_loss"] = row["train/loss"]
                 row |= {"train/lr": c.optim.lr * factor, "train/grad_norm": norm.item()}
                 row |= {"train/skipped": totals["skipped"], **meter.read(), "mem/adamw_state_bytes": adamw_bytes}
                 loss_sum, loss_count = torch.zeros((), device=device), 0
@@ -222,56 +220,40 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest) -> None:
             stopping = stop.agreed(device)
             if last or stopping or (c.train.save_every and step % c.train.save_every == 0):
                 totals["seconds"] = time.perf_counter() - began
-                cursors: list[Any] = [batches.state_dict()] * world
-                if world > 1:
-                    dist.all_gather_object(cursors, batches.state_dict())
-                state = {
-                    "step": step,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "batches": cursors,
-                    "rng": checkpoint.rng_state(),
-                    "loss_sum": loss_sum,
-                    "loss_count": loss_count,
-                    "totals": totals,
-                    "position": tracker.position,
-                    "run_id": tracker.run_id,
-                    "config": as_dict(c),
-                    "data": corpus.fingerprint,
-                }
+                cursors = gathered(batches.state_dict(), world)
                 if directory is not None:
-                    checkpoint.save(directory / "checkpoints", state, c.train.keep)
+                    about_run = {"config": as_dict(c), "data": corpus.fingerprint, "run_id": tracker.run_id}
+                    numbers = {"step": step, "loss_sum": loss_sum, "loss_count": loss_count, "totals": totals}
+                    places = {"position": tracker.position, "batches": cursors}
+                    try:
+                        # not kept in a variable: it would hold on to bases that the optimizer has replaced
+                        checkpoint.save(
+                            directory / "checkpoints",
+                            checkpoint.snapshot(model, optimizer, **about_run, **numbers, **places),
+                            c.train.keep,
+                        )
+                    except CheckpointError as error:
+                        if not last:
+                            raise
+                        # the training is done: its summary and table come first
+                        unsaved = error
             if stopping and not last:
                 say(f"{stop.signal}: saved after step {step}; --run_dir {directory} goes on from there")
                 return
 
-        memory = meter.read()
-        summary = {
-            "val_loss": totals["eval/loss"],
-            "perplexity": totals["eval/perplexity"],
-            "bits_per_byte": totals.get("eval/bits_per_byte"),
-            "best_val_loss": totals["best_val_loss"],
-            "tokens": step * tokens_a_step,
-            "steps": step,
-            "skipped_steps": totals["skipped"],
-            "seconds": totals["seconds"],
-            "tokens_per_second": step * tokens_a_step / totals["busy"],
-            "optimizer": c.optim.name,
-            "opt_state_bytes": memory["mem/opt_state_bytes"],
-            "basis_bytes": memory["mem/basis_bytes"],
-            "adamw_state_bytes": adamw_bytes,
-            "params_bytes": memory["mem/params_bytes"],
-            "params": sum(sizes.values()),
-        }
+        summary = summarize(c.optim.name, step, step * tokens_a_step, totals, meter.read(), adamw_bytes, sizes)
         tracker.summarize(summary)
     if directory is not None:
+        print(final_table(summary), flush=True)
         finite = without_nan({**summary, "config": as_dict(c)})
         checkpoint.write_text(directory / "summary.json", json.dumps(finite, indent=2) + "\n")
-        print(f"{final_table(summary)}\n\nsummary, metrics and plots: {directory}", flush=True)
-        # slow to import, and not needed until here
-        from experiments.curves import draw
-
-        draw(directory)
+        try:
+            draw(directory)
+        except ImportError as error:
+            say(f"no plots ({error}); where matplotlib is installed: python -m experiments.curves {directory}")
+        print(f"\nsummary, metrics and plots: {directory}", flush=True)
+    if unsaved is not None:
+        raise unsaved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,9 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model = Llama(config.model).to(DTYPES[config.train.dtype])
             print(plan(model, *build_optimizer(model, config.optim)))
             return 0
-        with stop.listening():
-            run(config, argv, stop)
-    except (ConfigError, DataError, CheckpointError) as error:
+        with stop.listening(), contextlib.ExitStack() as held:
+            run(config, argv, stop, held)
+    # an OSError is a disk that is full or a place that cannot be written to: it names the file where there is one
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

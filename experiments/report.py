@@ -61,9 +61,51 @@ def plan(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: Param
     return "\n".join([groups.describe(), "", *(f"{name:<28}{size:>18,} bytes{human(size):>13}" for name, size in rows)])
 
 
+def summarize(
+    optimizer: str,
+    steps: int,
+    tokens: int,
+    totals: Mapping[str, Any],
+    memory: Mapping[str, float],
+    adamw_bytes: int,
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a finished run is known by.
+
+    Args:
+        optimizer: Its name.
+        steps: Optimizer steps taken.
+        tokens: Tokens trained on, over all processes.
+        totals: What the loop added up, the last evaluation included.
+        memory: A reading of the memory meter.
+        adamw_bytes: What AdamW would keep for the same weights.
+        sizes: Number of parameters in each group.
+    """
+    return {
+        "val_loss": totals["eval/loss"],
+        "perplexity": totals["eval/perplexity"],
+        "bits_per_byte": totals.get("eval/bits_per_byte"),
+        "best_val_loss": totals["best_val_loss"],
+        # no number where every step since the last row but one was skipped
+        "train_loss": totals.get("train_loss", math.nan),
+        "tokens": tokens,
+        "steps": steps,
+        "skipped_steps": totals["skipped"],
+        "seconds": totals["seconds"],
+        "tokens_per_second": tokens / totals["busy"],
+        "optimizer": optimizer,
+        "opt_state_bytes": memory["mem/opt_state_bytes"],
+        "basis_bytes": memory["mem/basis_bytes"],
+        "adamw_state_bytes": adamw_bytes,
+        "params_bytes": memory["mem/params_bytes"],
+        "params": sum(sizes.values()),
+    }
+
+
 def final_table(s: dict[str, Any]) -> str:
     """The summary of a run as a table, its optimizer's memory beside AdamW's."""
     bits = "unknown" if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}"
+    skipped = [("steps skipped, no number", f"{s['skipped_steps']:,} of {s['steps']:,}", "")]
     ratio = s["opt_state_bytes"] / s["adamw_state_bytes"]
     rows = (
         ("", s["optimizer"], "AdamW"),
@@ -74,6 +116,7 @@ def final_table(s: dict[str, Any]) -> str:
         ("validation loss, nats/token", f"{s['val_loss']:.4f}", ""),
         ("perplexity", f"{s['perplexity']:.3f}", ""),
         ("bits per byte", bits, ""),
+        *(skipped if s["skipped_steps"] else ()),
         ("tokens", f"{s['tokens']:,}", ""),
         ("tokens per second", f"{s['tokens_per_second']:,.0f}", ""),
         ("seconds", f"{s['seconds']:.1f}", ""),

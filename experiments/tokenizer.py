@@ -16,7 +16,6 @@ _SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "[S
 class Tokenizer(Protocol):
     """Turns documents into ids; each document is followed by a separator where there is one."""
 
-    name: str
     vocab_size: int
     dtype: str
     separator_bytes: int
@@ -29,7 +28,6 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """A byte is a token; NUL, which text does not use, ends a document."""
 
-    name = "bytes"
     vocab_size = 256
     dtype = "uint8"
     separator_bytes = 1
@@ -67,7 +65,6 @@ class FileTokenizer:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise DataError(f"data.tokenizer={path}: the vocabulary is empty")
-        self.name = str(path)
         # ids may have gaps: what an embedding must hold is the largest, not how many there are
         self.vocab_size = max(ids.values()) + 1
         self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"

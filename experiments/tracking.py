@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from experiments.config import TrackConfig
 from experiments.machine import command, machine
 
 Mode = Literal["online", "offline"]
+# where a key may be kept even if wandb's default is another
+_WANDB_SERVER = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,31 @@ def has_login() -> bool:
     """Whether wandb would find a key without asking: in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(keys.authenticators(urlsplit(url).netloc) is not None for url in _servers())
+
+
+def _servers() -> set[str]:
+    # where wandb would go: its variable, else its settings files and its default, which only wandb knows
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return {url}
+    try:
+        import wandb
+
+        url, default = wandb.setup().settings.base_url, wandb.Settings().base_url
+        return {url, _WANDB_SERVER} if url == default else {url}
+    # missing, broken, a folder of that name, or settings that it refuses: the start that follows says what it is
+    except Exception:
+        return {_WANDB_SERVER}
+
+
+def _installed(package: str) -> bool:
+    # a bare folder of that name can be imported too, but comes from no file
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def wandb_mode(choice: Literal["auto", "on", "off"]) -> Mode | None:
@@ -128,9 +150,9 @@ def wandb_mode(choice: Literal["auto", "on", "off"]) -> Mode | None:
     online would stop and ask for a key.
     """
     asked = os.environ.get("WANDB_MODE", "")
-    if choice == "off" or asked == "disabled" or (choice == "auto" and importlib.util.find_spec("wandb") is None):
+    if choice == "off" or asked == "disabled" or (choice == "auto" and not _installed("wandb")):
         return None
-    return "online" if has_login() and asked not in ("offline", "dryrun") else "offline"
+    return "online" if asked not in ("offline", "dryrun") and has_login() else "offline"
 
 
 class Tracker:
@@ -207,19 +229,30 @@ class Tracker:
     def _start(self, directory: Path, mode: Mode, device: str, config: dict[str, Any], track: TrackConfig) -> None:
         import wandb
 
-        run = wandb.init(
-            mode=mode,
-            dir=os.environ.get("WANDB_DIR", str(directory)),
-            id=self.run_id,
-            resume="allow",
-            config=config,
-            # our own lines are enough, and nothing may wait for an answer
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=30),
-            project=track.project,
-            name=track.name,
-            group=track.group,
-            tags=track.tags,
-        )
+        def begin(mode: Mode) -> Any:
+            return wandb.init(
+                mode=mode,
+                dir=os.environ.get("WANDB_DIR", str(directory)),
+                id=self.run_id,
+                resume="allow",
+                config=config,
+                # our own lines are enough, and nothing may wait for an answer
+                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=30),
+                project=track.project,
+                name=track.name,
+                group=track.group,
+                tags=track.tags,
+            )
+
+        try:
+            run = begin(mode)
+        # a server that cannot be reached or refuses the key: the curves are kept here
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._say(f"wandb cannot go online ({_told(error)}); offline instead")
+            mode = "offline"
+            run = begin(mode)
         for name, metric in documented(device).items():
             run.define_metric(name, step_metric=metric.axis, summary=metric.summary if metric.axis else None)
         self._run, self.run_id = run, run.id
@@ -233,5 +266,8 @@ class Tracker:
         # whatever a tracker raises, the training is worth more than its curves on a server
         except Exception as error:
             self._run = None
-            reason = " ".join(str(error).split()) or "no reason given"
-            self._say(f"wandb failed to {doing} ({type(error).__name__}: {reason}); training and metrics.jsonl go on")
+            self._say(f"wandb failed to {doing} ({_told(error)}); training and metrics.jsonl go on")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"

@@ -1,7 +1,6 @@
 """Where a gradient is looked at from: frozen dataclasses, whose state is handed in."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +12,6 @@ from lowrank_optim._types import Basis, Factored, NewState, State
 
 Side = Literal["left", "right", "both"]
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-
-# power iterations that turn a random start into a first basis: one keeps the first step near an ordinary one's time
-_START_ITERATIONS = 1
 
 
 def resolve(rank: int | float, proj_type: str, shape: tuple[int, int]) -> tuple[int, Side]:
@@ -80,15 +76,15 @@ class _Orthonormal:
         return Factored(state["basis"], coords @ state["basis_right"] if self.side == "both" else coords)
 
     def start_(self, state: State, grad: Tensor) -> None:
-        """Randomized range finder from a fixed private seed: one block power iteration."""
+        """Randomized range finder (Halko et al., arXiv 0909.4061) from a fixed private seed: one product and one QR."""
         source = torch.Generator(grad.device).manual_seed(0)
-        for basis in self._bases(state):
-            basis.copy_(torch.randn(basis.shape, generator=source, dtype=basis.dtype, device=basis.device))
-        for _ in range(_START_ITERATIONS):
-            self._iterate_(state, grad)
-
-    def _bases(self, state: State) -> Sequence[Tensor]:
-        return [state["basis"], state["basis_right"]] if self.side == "both" else [state["basis"]]
+        left = self.side != "right"
+        rows = grad if left else grad.mT
+        sketch = torch.randn(rows.size(1), self.rank, generator=source, dtype=grad.dtype, device=grad.device)
+        basis = _range(rows, sketch)
+        state["basis"].copy_(basis if left else basis.mT)
+        if self.side == "both":
+            state["basis_right"].copy_(_range(grad.mT, basis).mT)
 
     def _iterate_(self, state: State, grad: Tensor) -> None:
         """One block power iteration: an orthonormal basis of G Gᵀ P (left), of Gᵀ G Pᵀ (right), or of each in turn."""

@@ -75,9 +75,9 @@ def orthonormalize(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return `x` over its largest absolute entry, so that products of tiny gradients do not underflow."""
+    """Return `x` over its Frobenius norm, so that products of tiny gradients do not underflow."""
     tiny = torch.finfo(x.dtype).tiny
-    return x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    return torch.div(x, torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=tiny))
 
 
 def _decay_(param: Tensor, decay: float | Tensor) -> None:

@@ -98,11 +98,11 @@ class Projected:
         if not due:
             return set()
         # the only place on the step path where the host waits for the device
-        sizes = torch.stack([torch.linalg.vector_norm(grads[i], math.inf) for i in due]).tolist()
+        sizes = torch.stack([torch.linalg.vector_norm(grads[i]) for i in due]).tolist()
         skipped = set()
         for i, size in zip(due, sizes, strict=True):
             first = ticks[i].step == 1
-            if not size < math.sqrt(torch.finfo(grads[i].dtype).max):
+            if not math.isfinite(size):
                 warn_once(
                     "a gradient held NaN, Inf or numbers whose squares are infinite when its basis was to be "
                     "refreshed: that matrix sits this step out and tries again at the next one (said once)"

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +21,22 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny_run
+
+    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "a.txt")
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run to its end; tests only look at it."""
+    # most tests do without the experiments
+    from experiments.pretrain import main
+    from tests import tiny_run
+
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(tiny_run.arguments(text, run_dir)) == 0
+    return run_dir

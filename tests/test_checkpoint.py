@@ -1,18 +1,33 @@
+import contextlib
+import json
 import math
 import random
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import checkpoint
-from experiments.checkpoint import CheckpointError, find_start, found, load, save
+from experiments.checkpoint import CheckpointError, found, load, save
 from experiments.pretrain import main
+from experiments.run_dir import find_start
 from tests import tiny_run
 
 
 def state(step: int) -> dict[str, object]:
-    return {"step": step, "position": 0, "w": torch.full((64, 64), float(step)), "best": math.inf}
+    weights = {"w": torch.full((64, 64), float(step)), "best": math.inf}
+    return {**dict.fromkeys(checkpoint.KEYS), "step": step, "position": 0, **weights}
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """A disk that fills up: the system refuses to let files grow beyond a size."""
+    resource = pytest.importorskip("resource", reason="limits of a process are a matter of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def truncate(path: Path, share: float = 0.6) -> Path:
@@ -39,6 +54,32 @@ def test_a_write_that_breaks_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_atomic(path, half)
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, largest_file: Callable[[int], None]) -> None:
+    save(tmp_path, state(5), keep=2)
+    largest_file(10_000)
+    with pytest.raises(CheckpointError, match=r"step-00000010\.pt cannot be written") as error:
+        save(tmp_path, state(10), keep=2)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.pt"]
+
+
+def test_a_failed_last_save_loses_neither_summary_nor_table(
+    tmp_path: Path, largest_file: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_run.write_text(tmp_path / "a.txt")
+    # plots and metrics fit, a checkpoint does not
+    largest_file(200_000)
+    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.save_every=0")) == 2
+    said = capsys.readouterr()
+    assert "validation loss, nats/token" in said.out
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["steps"] == 20
+    assert re.fullmatch(r"error: checkpoint \S+step-00000020\.pt cannot be written \(.+\)", said.err.splitlines()[-1])
+    assert not list((tmp_path / "r" / "checkpoints").iterdir())
+    assert main(tiny_run.arguments(text, tmp_path / "r2")) == 2
+    assert "step-00000005.pt cannot be written" in capsys.readouterr().err
 
 
 def test_a_half_written_file_is_swept_by_the_next_save(tmp_path: Path) -> None:
@@ -100,13 +141,44 @@ def test_another_program_s_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "step-00000001.pt")
 
 
+def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path) -> None:
+    part = state(1)
+    del part["optimizer"], part["rng"]
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt lacks optimizer, rng"):
+        load(save(tmp_path, part, keep=1))
+
+
+class _Foreign:
+    """What `weights_only` refuses to make."""
+
+
+def test_an_object_in_a_file_is_refused_in_a_few_words(tmp_path: Path) -> None:
+    torch.save({"model": _Foreign()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(CheckpointError, match=r"damaged \(Weights only load failed\)"):
+        load(tmp_path / "step-00000001.pt")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_anywhere_in_a_file_is_an_error_of_ours(tmp_path: Path, seed: int) -> None:
+    source, whole = random.Random(seed), save(tmp_path, state(5), keep=2).read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        # names, sizes and methods of the archive's members are at its ends
+        at = source.choice([source.randrange(200), -1 - source.randrange(900)])
+        content[at] ^= 1 << source.randrange(8)
+        found(tmp_path)[0].write_bytes(content)
+        # a bit that carries nothing may flip unseen
+        with contextlib.suppress(CheckpointError):
+            assert load(found(tmp_path)[0])["step"] == 5
+
+
 def test_auto_falls_back_and_says_so(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path / "checkpoints", state(step), keep=3)
     truncate(tmp_path / "checkpoints" / "step-00000010.pt")
-    start = find_start(str(tmp_path), "auto")
-    assert start.state is not None
-    assert start.state["step"] == 5
+    start, kept = find_start(str(tmp_path), "auto")
+    assert kept is not None
+    assert kept["step"] == start.step == 5
     assert len(start.notes) == 1
     assert "step-00000010.pt" in start.notes[0]
     assert "step-00000005.pt" in start.notes[0]
@@ -131,12 +203,12 @@ def test_where_a_run_begins(tmp_path: Path) -> None:
     used, fresh = tmp_path / "used", tmp_path / "fresh"
     save(used / "checkpoints", state(5), keep=3)
     file = used / "checkpoints" / "step-00000005.pt"
-    assert find_start(None, "auto").directory is None
-    assert find_start(str(fresh), "auto").state is None
-    assert find_start(str(fresh), "never").state is None
+    assert find_start(None, "auto")[0].directory is None
+    assert find_start(str(fresh), "auto")[1] is None
+    assert find_start(str(fresh), "never")[1] is None
     for named in (str(file), str(used)):
-        assert find_start(None, named).directory == used.resolve()
-        assert find_start(str(fresh), named).directory == fresh
+        assert find_start(None, named)[0].directory == used.resolve()
+        assert find_start(str(fresh), named)[0].directory == fresh
     with pytest.raises(CheckpointError, match="holds a run"):
         find_start(str(used), "never")
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -145,7 +217,7 @@ def test_where_a_run_begins(tmp_path: Path) -> None:
         find_start(None, str(tmp_path))
     loose = tmp_path / "copied.pt"
     loose.write_bytes(file.read_bytes())
-    assert find_start(str(fresh), str(loose)).directory == fresh
+    assert find_start(str(fresh), str(loose))[0].directory == fresh
     with pytest.raises(CheckpointError, match="--run_dir"):
         find_start(None, str(loose))
     save(fresh / "checkpoints", state(1), keep=3)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import compare
+from experiments import compare, compare_runs
 from experiments.compare_plan import Arm, Comparison, Plan, load, plan, tune
 from experiments.compare_runs import ROOT, Result, Run, collect, read_result
 
@@ -150,6 +150,16 @@ def test_a_loss_that_is_no_number_is_a_diverged_run(tmp_path: Path, text: str) -
         ({"arms": {"a": {"args": {}, "grid": {"lr": [1]}, "x": 1}}}, "must have the keys args and grid"),
         ({"arms": {"a": {"args": {}, "grid": {"lr": [1]}}, "b": {"args": {}, "grid": {"lr": [1, 2]}}}}, "same length"),
         ({"arms": {"a": {"args": {}, "grid": {"lr": [0.0]}}}}, "positive values"),
+        ({"arms": [1]}, "arms must be a mapping"),
+        ({"arms": {"a": 3}}, "arm 'a' must be a mapping"),
+        ({"arms": {"a": {"args": [1], "grid": {"lr": [1]}}}}, "args of 'a' must be a mapping"),
+        ({"arms": {"a": {"args": {}, "grid": 3}}}, "grid of 'a' must be a mapping"),
+        ({"arms": {"a": {"args": {}, "grid": {"lr": 3}}}}, "lr of 'a' must be a list of numbers"),
+        ({"arms": {"a": {"args": {}, "grid": {"lr": ["x"]}}}}, "lr of 'a' must be a list of numbers"),
+        ({"common": 3}, "common must be a mapping"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers"),
+        ({"seeds": ["x"]}, "seeds must be a list of whole numbers"),
+        ({"baseline": [1]}, "baseline must be a word"),
         ({"baseline": "nobody"}, "baseline 'nobody' is not an arm"),
     ],
 )
@@ -162,6 +172,39 @@ def test_what_is_wrong_with_a_comparison_file_is_one_line(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_a_comparison_file_that_is_no_mapping_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("- 1")
+    assert compare.main(["--config", str(path)]) == 2
+    assert "must be a mapping" in capsys.readouterr().err
+
+
+def test_a_run_whose_last_steps_were_skipped_has_diverged(tmp_path: Path) -> None:
+    run = two_arms((1.0,), (1.0,)).run("a", {"lr": 1.0}, 0)
+    (tmp_path / run.key).mkdir(parents=True)
+    (tmp_path / run.key / "summary.json").write_text('{"val_loss": 5.5, "train_loss": null}')
+    result = collect([run], tmp_path)[run.key]
+    assert (result.status, result.loss, result.message) == ("diverged", math.inf, "its last steps were skipped")
+
+
+def test_a_changed_default_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys() -> list[str]:
+        return [Run("a", {}, 0, args).key for args in ({}, {"train.steps": 700}, {"config": str(file)})]
+
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {warmup: 7}")
+    default, named, from_file = keys()
+    # what is resolved counts, not where it comes from
+    assert default == named != from_file
+    assert Run("a", {}, 0, {"track.wandb": "off"}).key == default
+    changed = {**compare_runs.resolved_defaults(), "train.steps": 701}
+    monkeypatch.setattr(compare_runs, "resolved_defaults", lambda: changed)
+    assert keys()[0] != default
+    assert keys()[1] == named
+    file.write_text("train: {warmup: 8}")
+    assert keys()[2] != from_file
 
 
 def test_the_committed_comparison_is_fair() -> None:
@@ -218,6 +261,7 @@ def test_a_real_grid_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Cap
     document = json.loads((tmp_path / "runs" / "small.json").read_text())
     adamw = document["arms"]["adamw"]
     assert document["complete"]
+    assert document["threads_of_runs"] == [1]
     assert adamw["best"] == {"optim.lr": 1e-2}
     assert adamw["seeds_done"] == [1]
     assert adamw["tuning"]["optim.lr"]["bracketed"]

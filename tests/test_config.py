@@ -1,25 +1,14 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from experiments.config import Config, as_dict, parse
 from experiments.pretrain import main
 from tests import tiny_run
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "a.txt")
-
-
-@pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run to its end; tests only look at it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(tiny_run.arguments(text, run_dir)) == 0
-    return run_dir
 
 
 def test_the_default_run_is_ours_on_offline_text() -> None:
@@ -66,6 +55,17 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 MISTAKES = {
     "unknown section": (["--optm.lr=3"], "optm.lr"),
     "unknown key": (["--optim.rnk=3"], "optim.rank"),
+    "shortened key": (["--train.step=10"], "unknown key train.step, did you mean train.steps?"),
+    "shortened key before its value": (["--train.batch", "3"], "train.batch_size"),
+    "unknown section in a file": (["--config={odd}/section.yaml"], "unknown key trian, did you mean train?"),
+    "empty file": (["--config={odd}/empty.yaml"], "empty.yaml is empty"),
+    "list in a file": (["--config={odd}/list.yaml"], "list.yaml must hold sections"),
+    "null in a file": (["--config={odd}/null.yaml"], "train.steps must not be null"),
+    "null for a pair in a file": (["--config={odd}/pair.yaml"], "optim.betas must not be null"),
+    "null section in a file": (["--config={odd}/nothing.yaml"], "train must be a section"),
+    "number for a section in a file": (["--config={odd}/number.yaml"], "optim must be a section"),
+    "no data": (["--data="], "data.path is empty"),
+    "device without numbers": (["--train.device=meta"], "train.device=meta"),
     "unknown key in a file": (["--config={file}"], "optim.rnk"),
     "missing config": (["--config=nowhere.yaml"], "nowhere.yaml"),
     "wrong type": (["--train.steps=many"], "train.steps"),
@@ -89,6 +89,17 @@ MISTAKES = {
 }
 
 
+ODD = {
+    "section": "trian: {steps: 3}",
+    "empty": "",
+    "list": "- 1",
+    "null": "train: {steps: null}",
+    "pair": "optim: {betas: null}",
+    "nothing": "train: null",
+    "number": "optim: 3",
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_touches_nothing(
     mistake: str, text: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -96,7 +107,14 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.yaml").write_text("optim: {rnk: 3}\n")
     tiny_run.write_text(tmp_path / "other.txt", 50_000)
-    places = {"file": tmp_path / "bad.yaml", "empty": tmp_path / "empty.txt", "other": tmp_path / "other.txt"}
+    for name, content in ODD.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    places = {
+        "odd": tmp_path,
+        "file": tmp_path / "bad.yaml",
+        "empty": tmp_path / "empty.txt",
+        "other": tmp_path / "other.txt",
+    }
     options, named = MISTAKES[mistake]
     before = tiny_run.files(finished)
     try:
@@ -110,6 +128,22 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     assert captured.err.startswith("error: ")
     assert named in captured.err
     assert tiny_run.files(finished) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_one_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda", "cuda:1"):
+        assert main(tiny_run.arguments(text, tmp_path / "r", f"--train.device={device}")) == 2
+        assert capsys.readouterr().err == f"error: train.device={device}: torch finds no CUDA device\n"
+
+
+def test_another_text_is_told_by_its_checksum(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "a.txt"
+    copy.write_bytes(text.read_bytes())
+    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.steps=1", f"--data.path={copy}")) == 0
+    tiny_run.write_text(copy, 50_000)
+    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.steps=1", f"--data.path={copy}")) == 2
+    assert re.search(r"cannot go on with data\.fingerprint \w{16} -> \w{16}: name", capsys.readouterr().err)
 
 
 def test_a_mistake_makes_no_directory_and_no_traceback(tmp_path: Path) -> None:

@@ -120,7 +120,6 @@ def test_tokenizer_ids_decode_to_the_text(tmp_path: Path, tokenizer_file: Path) 
         ends = np.flatnonzero(ids == end)
         texts += [tokenizer.decode(part[part != end].tolist()) for part in np.split(ids, ends + 1)[:-1]]
     assert sorted(texts) == sorted(SENTENCES)
-    assert corpus.vocab_size == tokenizer.get_vocab_size()
     # bits per byte: the whole text, one byte for each separator, over the tokens
     val_bytes = sum(len(t.encode()) + 1 for t in texts[int(corpus.fingerprint["train_documents"]) :])
     assert corpus.bytes_per_token == pytest.approx(val_bytes / len(corpus.val))
@@ -137,13 +136,13 @@ def test_raw_tokens_are_mapped_and_their_end_is_held_out(tmp_path: Path) -> None
     assert isinstance(corpus.train[0].base, np.memmap) or isinstance(corpus.train[0], np.memmap)
     assert [len(ids) for ids in corpus.train] == [1000, 350]
     assert corpus.val.tolist() == list(range(1350, 1500))
-    assert (corpus.vocab_size, corpus.bytes_per_token) == (2000, 3.5)
+    assert corpus.bytes_per_token == 3.5
 
 
 def test_raw_tokens_take_their_dtype_from_the_option(tmp_path: Path) -> None:
     np.arange(300, dtype="<u4").tofile(tmp_path / "a.bin")
     corpus = load(tmp_path / "a.bin", 300, bin_dtype="uint32")
-    assert corpus.vocab_size == 300
+    assert corpus.train[0].max() < 300
     assert corpus.bytes_per_token is None
     (tmp_path / "v.bin").write_bytes(bytes(range(100)))
     (tmp_path / "t.bin").write_bytes(bytes(range(200)))
@@ -183,7 +182,7 @@ def test_seed_and_rank_reach_the_batches(tmp_path: Path) -> None:
 def test_loss_in_bits_per_byte_of_a_uniform_guess_is_eight() -> None:
     corpus = load_corpus(DataConfig(), seq_len=16, vocab_size=256)
     assert corpus.bytes_per_token is not None
-    assert math.log(corpus.vocab_size) / math.log(2) / corpus.bytes_per_token == 8.0
+    assert math.log(256) / math.log(2) / corpus.bytes_per_token == 8.0
 
 
 TOO_SHORT = "less than one sequence and its target"
@@ -240,6 +239,10 @@ def test_a_broken_description_of_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin.json").write_text('{"dtype": "uint8", "vocab_size": 300}')
     with pytest.raises(DataError, match=r"a.bin has 300 tokens, but model.vocab_size is 256"):
         load(tmp_path / "a.bin")
+    for key in ("vocab_size", "bytes_per_token"):
+        (tmp_path / "a.bin.json").write_text(json.dumps({"dtype": "uint8", key: "many"}))
+        with pytest.raises(DataError, match=f"a.bin.json: {key} must be a positive number, got 'many'"):
+            load(tmp_path / "a.bin")
 
 
 def test_parquet_without_the_column_lists_what_there_is(tmp_path: Path) -> None:

@@ -13,19 +13,6 @@ from experiments.pretrain import main
 from tests import tiny_run
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "a.txt")
-
-
-@pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run to its end; tests only look at it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(tiny_run.arguments(text, run_dir)) == 0
-    return run_dir
-
-
 def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
     while process.is_alive() and not condition():
         time.sleep(0.0005)
@@ -121,8 +108,8 @@ def test_a_polite_signal_saves_and_exits_with_0(number: signal.Signals, text: Pa
 
 @pytest.mark.slow
 def test_two_processes_are_one_run_with_twice_the_batch(text: Path, tmp_path: Path) -> None:
-    one = ["--train.batch_size=4", "--train.eval_batches=2"]
-    two = ["--train.batch_size=2", "--train.eval_batches=4"]
+    one = ["--train.batch_size=4", "--train.eval_batches=2", "--train.accumulate=2"]
+    two = ["--train.batch_size=2", "--train.eval_batches=4", "--train.accumulate=2"]
     assert main(tiny_run.arguments(text, tmp_path / "one", *one)) == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "experiments.pretrain")
     process = tiny_run.spawn(tiny_run.arguments(text, tmp_path / "two", *two), module=launcher)
@@ -131,6 +118,7 @@ def test_two_processes_are_one_run_with_twice_the_batch(text: Path, tmp_path: Pa
     assert out.count("optimizer state") == 1
     for a, b in zip(tiny_run.rows(tmp_path / "one"), tiny_run.rows(tmp_path / "two"), strict=True):
         assert a["tokens"] == b["tokens"]
-        for key in ("train/loss", "train/grad_norm", "eval/loss"):
+        # the order of a sum differs, which the norm shows first
+        for key, near in (("train/loss", 1e-4), ("train/grad_norm", 5e-3), ("eval/loss", 1e-4)):
             if key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a["step"])
+                assert a[key] == pytest.approx(b[key], rel=near), (key, a["step"])

@@ -2,31 +2,21 @@ import io
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments import curves
 from experiments.config import parse
-from experiments.pretrain import lr_factor, main
+from experiments.optimizer import lr_factor
+from experiments.pretrain import main
 from experiments.tracking import read
 from tests import tiny_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "a.txt")
-
-
-@pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run to its end; tests only look at it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(tiny_run.arguments(text, run_dir)) == 0
-    return run_dir
 
 
 def summary(run_dir: Path) -> dict:
@@ -44,7 +34,16 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_a_run_leaves_everything_a_reader_needs(finished: Path) -> None:
     assert {p.name for p in finished.iterdir()} == {
-        *("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "loss.png", "memory.png", "checkpoints"),
+        *(
+            ".lock",
+            "config.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "summary.json",
+            "loss.png",
+            "memory.png",
+            "checkpoints",
+        ),
     }
     for plot in ("loss.png", "memory.png"):
         content = (finished / plot).read_bytes()
@@ -204,9 +203,37 @@ def test_a_loss_that_is_not_a_number_is_said_once(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tiny_run.arguments(text, tmp_path / "r", "--optim.lr=1e38", "--train.warmup=0")) == 0
-    said, rows = capsys.readouterr().err, tiny_run.rows(tmp_path / "r")
+    captured, rows = capsys.readouterr(), tiny_run.rows(tmp_path / "r")
+    said, skipped = captured.err, summary(tmp_path / "r")["skipped_steps"]
+    assert re.search(rf"steps skipped, no number +{skipped} of 20\n", captured.out)
+    assert summary(tmp_path / "r")["train_loss"] is None
     assert said.count("are skipped (said once)") == 1
-    assert rows[-1]["train/skipped"] == summary(tmp_path / "r")["skipped_steps"] > 10
+    assert rows[-1]["train/skipped"] == skipped > 10
     # JSON has no NaN: a reader in another language can parse the file
     assert rows[-1]["train/loss"] is None
     assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
+
+
+def test_without_matplotlib_a_run_ends_well_and_says_how_to_draw(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        # what `import` finds for a package that is not there
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert main(tiny_run.arguments(text, run_dir, "--train.steps=2")) == 0
+        assert f"python -m experiments.curves {run_dir}" in capsys.readouterr().err
+        assert curves.main([str(run_dir)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (run_dir / "loss.png").exists()
+    assert (run_dir / "summary.json").exists()
+    assert curves.main([str(run_dir)]) == 0
+    assert (run_dir / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_curves_of_no_run_are_one_line(tmp_path: Path) -> None:
+    process = tiny_run.spawn([str(tmp_path / "nowhere")], module=("-m", "experiments.curves"))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "nowhere" in err

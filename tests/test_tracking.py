@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import signal
@@ -6,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -20,11 +22,6 @@ from tests.wandb_reader import OfflineRun, read_runs
 HERE = documented("cpu")
 # a run that somebody watches in wandb: rows are not all alike
 OPTIONS = ("--track.wandb=on", "--track.project=tiny", "--track.tags=[first,second]", "--train.log_every=2")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "a.txt")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +218,45 @@ def test_a_key_in_the_environment_is_a_login(monkeypatch: pytest.MonkeyPatch, tm
     assert not has_login()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     assert has_login()
+
+
+def test_a_key_for_wandb_s_own_server_is_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    for server, login in ((wandb.setup().settings.base_url, True), ("https://other.example.org", False)):
+        netrc.write_text(f"machine {urlsplit(server).netloc} login user password secret\n")
+        assert has_login() == login
+
+
+def test_a_folder_named_wandb_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert importlib.util.find_spec("wandb") is not None
+    assert wandb_mode("auto") is None
+
+
+def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
+    text: Path, tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real: Callable[..., Any] = wandb.init
+
+    def unreachable(**more: Any) -> Any:
+        if more["mode"] == "online":
+            raise ConnectionError("no route")
+        return real(**more)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert main(tiny_run.arguments(text, tmp_path / "r", *OPTIONS)) == 0
+    said = capsys.readouterr().err
+    assert "wandb cannot go online (ConnectionError: no route); offline instead" in said
+    assert "wandb: offline run" in said
+    (run,) = read_runs(tmp_path / "r")
+    assert len(run.history) == len(read(tracked / "metrics.jsonl"))
 
 
 def test_a_process_without_a_directory_writes_nothing(tmp_path: Path) -> None:
