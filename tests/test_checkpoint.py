@@ -3,7 +3,6 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,16 @@ def state(step: int) -> dict[str, object]:
     return {**dict.fromkeys(checkpoint.KEYS), "step": step, "position": 0, **weights}
 
 
-@pytest.fixture
-def largest_file() -> Iterator[Callable[[int], None]]:
-    """A disk that fills up: the system refuses to let files grow beyond a size."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a matter of POSIX")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def on_a_full_disk(size: int, code: str, argv: list[str]) -> tuple[int, str, str]:
+    """Run `code` where the system lets no file grow beyond `size`; a process of its own, as pytest writes files too."""
+    pytest.importorskip("resource", reason="limits of a process are a matter of POSIX")
+    limit = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+    process = tiny_run.spawn(argv, module=("-c", limit + code))
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 def truncate(path: Path, share: float = 0.6) -> Path:
@@ -57,29 +59,36 @@ def test_a_write_that_breaks_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, largest_file: Callable[[int], None]) -> None:
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     save(tmp_path, state(5), keep=2)
-    largest_file(10_000)
-    with pytest.raises(CheckpointError, match=r"step-00000010\.pt cannot be written") as error:
-        save(tmp_path, state(10), keep=2)
-    assert "\n" not in str(error.value)
+    code = """
+from pathlib import Path
+from experiments.checkpoint import CheckpointError, save
+from tests.test_checkpoint import state
+try:
+    save(Path(sys.argv[1]), state(10), keep=2)
+except CheckpointError as error:
+    print(error)
+"""
+    _, out, err = on_a_full_disk(10_000, code, [str(tmp_path)])
+    assert re.fullmatch(r"checkpoint \S+step-00000010\.pt cannot be written \(.+\)\n", out), err
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.pt"]
 
 
-def test_a_failed_last_save_loses_neither_summary_nor_table(
-    tmp_path: Path, largest_file: Callable[[int], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_last_save_loses_neither_summary_nor_table(tmp_path: Path) -> None:
     text = tiny_run.write_text(tmp_path / "a.txt")
+    code = "from experiments.pretrain import main\nsys.exit(main(sys.argv[1:]))"
     # plots and metrics fit, a checkpoint does not
-    largest_file(200_000)
-    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.save_every=0")) == 2
-    said = capsys.readouterr()
-    assert "validation loss, nats/token" in said.out
+    argv = tiny_run.arguments(text, tmp_path / "r", "--train.save_every=0")
+    status, out, err = on_a_full_disk(200_000, code, argv)
+    assert status == 2, err
+    assert "validation loss, nats/token" in out
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["steps"] == 20
-    assert re.fullmatch(r"error: checkpoint \S+step-00000020\.pt cannot be written \(.+\)", said.err.splitlines()[-1])
+    assert re.fullmatch(r"error: checkpoint \S+step-00000020\.pt cannot be written \(.+\)", err.splitlines()[-1])
     assert not list((tmp_path / "r" / "checkpoints").iterdir())
-    assert main(tiny_run.arguments(text, tmp_path / "r2")) == 2
-    assert "step-00000005.pt cannot be written" in capsys.readouterr().err
+    status, _, err = on_a_full_disk(200_000, code, tiny_run.arguments(text, tmp_path / "r2"))
+    assert status == 2
+    assert "step-00000005.pt cannot be written" in err
 
 
 def test_a_half_written_file_is_swept_by_the_next_save(tmp_path: Path) -> None:
