@@ -2,13 +2,18 @@
 
     python -m experiments.bench --threads 2 --out experiments/results/bench_cpu.json
     python -m experiments.bench --gpu --out experiments/results/bench_gpu.json
+    python -m experiments.bench --family muon --threads 2 --out experiments/results/bench_muon_cpu.json
     python -m experiments.bench --workload tiny --gap 5 --entries adamw_fused galore_subspace
 
-All optimizers take turns, one step each a round, so that noise on a shared machine hits all the same. The first step is
-the fastest of several on fresh optimizers. After it every step of the refresh period is timed in several periods and
-its fastest time kept; medians, minima and the worst step are taken over that period. Figures in parentheses are floors:
-the time this machine would need if memory moved at its copy bandwidth and arithmetic ran at its matrix-product speed,
-both measured in the same process.
+All optimizers take turns, one step each a round, so that noise on a shared machine hits all the same.
+
+Family "galore": the first step is the fastest of several on fresh optimizers. After it every step of the refresh period
+is timed in several periods and its fastest time kept; medians, minima and the worst step are taken over that period.
+Family "muon": steps are much alike, so medians and minima are over a number of rounds as they came; operations are
+counted too. Some of its peers write to the gradients: there each optimizer is handed a fresh copy, outside its time.
+
+Figures in parentheses are floors: the time this machine would need if memory moved at its copy bandwidth and arithmetic
+ran at its matrix-product speed, both measured in the same process.
 """
 
 import argparse
@@ -20,21 +25,22 @@ from typing import Any
 
 import torch
 
-from experiments.bench_measure import Limits, Racer, line_up, measure_extra, measure_limits, race
-from experiments.bench_workloads import ENTRIES, WORKLOADS, Workload, gradient_sets, least_work
+from experiments.bench_entries import ENTRIES, FAMILIES
+from experiments.bench_flops import flop_report
+from experiments.bench_measure import Gradients, Limits, Racer, line_up, measure_extra, measure_limits, race
+from experiments.bench_tables import tables
+from experiments.bench_workloads import WORKLOADS, Workload, gradient_sets, least_work
 from experiments.machine import command, machine
-
-MIB = 2**20
 
 
 class BaselineError(ValueError):
     """The optimizer that ratios are to cannot be measured; one line for the user."""
 
 
-def summarize(racer: Racer, work: Workload, limits: Limits, gap: int) -> dict[str, Any]:
+def summarize(racer: Racer, work: Workload, limits: Limits, gap: int, length: int) -> dict[str, Any]:
     """All figures of one optimizer, each with its floor; times in milliseconds, memory in bytes."""
     least = least_work(racer.entry, work)
-    period = racer.best_period(gap)
+    period = racer.best_period(length)
     raw = torch.tensor(racer.times, dtype=torch.float64) * 1e3
     first, median, worst = min(racer.firsts) * 1e3, float(period.median()), float(period.max())
     step_floor = limits.step_ms(least)
@@ -65,6 +71,7 @@ def summarize(racer: Racer, work: Workload, limits: Limits, gap: int) -> dict[st
         "extra_worst_bytes": racer.extra["worst"],
         "extra_worst_floor_bytes": least.refresh_extra_bytes,
     }
+    figures |= {"note": racer.entry.note} if racer.entry.note else {}
     return figures | {"first_step_ms": _rounded(racer.firsts), "step_ms": _rounded(racer.times)}
 
 
@@ -72,22 +79,41 @@ def _rounded(times: list[float]) -> list[float]:
     return [round(seconds * 1e3, 4) for seconds in times]
 
 
-def bench(workload: str, names: Sequence[str], *, gap: int, periods: int, baseline: str, device: str) -> dict[str, Any]:
-    """Measure the named optimizers on one workload; the result is what the JSON file holds."""
+def bench(
+    workload: str,
+    names: Sequence[str],
+    *,
+    gap: int,
+    periods: int,
+    baseline: str,
+    device: str,
+    rounds: int | None = None,
+    flops: bool = False,
+) -> dict[str, Any]:
+    """Measure the named optimizers on one workload; the result is what the JSON file holds.
+
+    With `rounds` the steps that follow the first one are so many, whatever the refresh period, and all of them count.
+    """
     work = WORKLOADS[workload]
     limits = measure_limits(device, work.dtype, small=workload == "tiny")
-    sets = gradient_sets(work, device)
-    racers, absent = line_up({name: ENTRIES[name] for name in names}, work, gap, device, sets[0])
+    entries = {name: ENTRIES[name] for name in names}
+    copied = any(entry.writes_gradients for entry in entries.values())
+    gradients = Gradients(gradient_sets(work, device), copied)
+    racers, absent = line_up(entries, work, gap, device, gradients)
     if baseline not in racers:
         raise BaselineError(f"--baseline {baseline}: {absent.get(baseline, 'not among the entries')}")
-    race(racers, work, sets, gap, periods, device)
+    length, steps, firsts = (gap, periods * gap, periods) if rounds is None else (rounds, rounds, 1)
+    race(racers, work, gradients, gap, steps, device, firsts=firsts)
     for racer in racers.values():
-        measure_extra(racer, work, sets, gap, device)
-    results = {name: summarize(racer, work, limits, gap) for name, racer in racers.items()}
-    for figures in results.values():
+        measure_extra(racer, work, gradients, gap, device, length)
+    results = {name: summarize(racer, work, limits, gap, length) for name, racer in racers.items()}
+    for name, figures in results.items():
         for key in ("median", "min", "amortized"):
             figures[f"{key}_over_baseline"] = figures[f"{key}_ms"] / results[baseline][f"{key}_ms"]
-    return {
+            form = entries[name].float32_form
+            if form in results:
+                figures[f"{key}_over_float32"] = figures[f"{key}_ms"] / results[form][f"{key}_ms"]
+    report = {
         "workload": workload,
         "shapes": [list(shape) for shape in work.shapes],
         "parameters": work.numel,
@@ -95,56 +121,17 @@ def bench(workload: str, names: Sequence[str], *, gap: int, periods: int, baseli
         "rank": work.rank,
         "gap": gap,
         "periods": periods,
+        "rounds": rounds,
+        "gradients_copied": copied,
         "baseline": baseline,
         "copy_gb_per_s": limits.copy_bytes_per_s / 1e9,
         "matmul_gflop_per_s": limits.matmul_flops_per_s / 1e9,
         "float32_matmul_gflop_per_s": limits.float32_matmul_flops_per_s / 1e9,
+        "bfloat16_matmul_gflop_per_s": limits.bfloat16_matmul_flops_per_s / 1e9,
         "results": results,
         "absent": absent,
     }
-
-
-def _with_floor(figures: dict[str, Any], key: str, unit: str) -> str:
-    scale = MIB if unit == "bytes" else 1
-    digits = 3 if unit == "bytes" else 4
-    return f"{figures[f'{key}_{unit}'] / scale:.{digits}g} ({figures[f'{key}_floor_{unit}'] / scale:.{digits}g})"
-
-
-def tables(report: dict[str, Any]) -> str:
-    """The report as two Markdown tables, times and memory."""
-    base = report["baseline"]
-    lines = [
-        f"### {report['workload']}: {len(report['shapes'])} matrices, {report['parameters'] / 1e6:.1f}M parameters, "
-        f"{report['dtype']}, rank {report['rank']}, gap {report['gap']}",
-        "",
-        f"Milliseconds (floor). This machine: copy {report['copy_gb_per_s']:.1f} GB/s, matrix product "
-        f"{report['matmul_gflop_per_s']:.0f} GFLOP/s. Fastest of {report['periods']} refresh periods, step by step.",
-        "",
-        "| optimizer | first step | median | min | worst step | worst ÷ median | with the first | mean of a period "
-        f"| median ÷ {base} | mean ÷ {base} |",
-        "|---|" + "---:|" * 9,
-    ]
-    results = report["results"].items()
-    for name, row in results:
-        cells = [_with_floor(row, key, "ms") for key in ("first", "median")] + [f"{row['min_ms']:.4g}"]
-        cells += [_with_floor(row, "worst", "ms"), f"{row['worst_over_median']:.2f}"]
-        cells += [f"{row['worst_over_median_with_first']:.2f}", _with_floor(row, "amortized", "ms")]
-        cells += [f"{row['median_over_baseline']:.2f}", f"{row['amortized_over_baseline']:.2f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "MiB (floor). Held: storages that the state keeps alive, more than the state where it is a view of something.",
-        "",
-        f"| optimizer | state | held | state ÷ {base} | peak extra, ordinary step | peak extra, worst step |",
-        "|---|" + "---:|" * 5,
-    ]
-    for name, row in results:
-        ratio = row["state_bytes"] / report["results"][base]["state_bytes"]
-        cells = [_with_floor(row, "state", "bytes"), f"{row['state_held_bytes'] / MIB:.3g}", f"{ratio:.3f}"]
-        cells += [_with_floor(row, "extra_ordinary", "bytes"), _with_floor(row, "extra_worst", "bytes")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"Absent: {name}, {reason}." for name, reason in report["absent"].items())]
-    return "\n".join(lines).rstrip() + "\n"
+    return report | (flop_report({name: entries[name] for name in racers}, work, device) if flops else {})
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -152,21 +139,29 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m experiments.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: 25m; with --gpu: 25m 1b 7b")
-    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES), help="optimizers, default: all")
-    parser.add_argument("--baseline", choices=ENTRIES, default="adamw_fused", help="ratios are to this one")
+    parser.add_argument("--family", choices=FAMILIES, default="galore", help="sets what the next four are by default")
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, help="optimizers, default: all of the family")
+    parser.add_argument("--baseline", choices=ENTRIES, help="ratios are to this one")
+    parser.add_argument("--rounds", type=int, help="steps to time, instead of whole refresh periods")
+    parser.add_argument("--flops", action=argparse.BooleanOptionalAction, help="count operations")
     parser.add_argument("--gap", type=int, default=200, help="refresh period in steps")
-    parser.add_argument("--periods", type=int, default=2, help="refresh periods to time")
+    parser.add_argument("--periods", type=int, default=2, help="refresh periods to time, where --rounds is not given")
     parser.add_argument("--threads", type=int, help="torch threads, default: torch's own choice")
     parser.add_argument("--gpu", action="store_true", help="measure on the CUDA device")
     parser.add_argument("--out", type=Path, help="write the figures as JSON here")
     args = parser.parse_args(argv)
-    for name in ("gap", "periods", "threads"):
+    family = FAMILIES[args.family]
+    args.entries = args.entries or list(family.names)
+    args.baseline = args.baseline or family.baseline
+    args.flops = family.flops if args.flops is None else args.flops
+    for name in ("gap", "periods", "rounds", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.baseline not in args.entries:
         parser.error(f"--baseline {args.baseline} must be among --entries: {' '.join(args.entries)}")
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a CUDA device, and torch finds none")
+    args.rounds = args.rounds or family.rounds
     args.workload = args.workload or (["25m", "1b", "7b"] if args.gpu else ["25m"])
     return args
 
@@ -181,9 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     document: dict[str, Any] = {"command": command("experiments.bench", argv), "machine": machine(device)}
     document["workloads"] = []
     for workload in args.workload:
-        sizes = {"gap": args.gap, "periods": args.periods}
+        sizes = {"gap": args.gap, "periods": args.periods, "rounds": args.rounds}
         try:
-            report = bench(workload, args.entries, **sizes, baseline=args.baseline, device=device)
+            report = bench(workload, args.entries, **sizes, baseline=args.baseline, device=device, flops=args.flops)
         except BaselineError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -71,10 +71,13 @@ class Limits:
     copy_bytes_per_s: float
     matmul_flops_per_s: float
     float32_matmul_flops_per_s: float
+    bfloat16_matmul_flops_per_s: float
 
     def step_ms(self, work: Work) -> float:
         """Least time of a step without refresh: memory traffic and arithmetic may overlap."""
-        return 1e3 * max(work.step_bytes / self.copy_bytes_per_s, work.step_flops / self.matmul_flops_per_s)
+        products = work.step_flops / self.matmul_flops_per_s
+        products += work.step_bfloat16_flops / self.bfloat16_matmul_flops_per_s
+        return 1e3 * max(work.step_bytes / self.copy_bytes_per_s, products)
 
     def refresh_ms(self, flops: int) -> float:
         """Least time of a refresh, if a decomposition ran at the speed of a matrix product in float32."""
@@ -105,8 +108,30 @@ def measure_limits(device: str, dtype: torch.dtype, small: bool = False) -> Limi
         a, b = torch.randn(2, size, size, device=device).to(kind)
         return 2 * size**3 / _best_seconds(lambda: a @ b, device, 5)
 
-    float32 = product_speed(torch.float32)
-    return Limits(bandwidth, float32 if dtype == torch.float32 else product_speed(dtype), float32)
+    speeds = {kind: product_speed(kind) for kind in {torch.float32, torch.bfloat16, dtype}}
+    return Limits(bandwidth, speeds[dtype], speeds[torch.float32], speeds[torch.bfloat16])
+
+
+@dataclass
+class Gradients:
+    """Sets of gradients in turn, as they are, or each time as a copy where an optimizer of the run writes to them.
+
+    All optimizers of a run are handed the same kind, so that the caches are as warm for one as for the other.
+    """
+
+    sets: list[list[Tensor]]
+    copied: bool = False
+    _scratch: list[Tensor] = field(default_factory=list)
+
+    def at(self, step: int) -> list[Tensor]:
+        """The gradients of this step, until the next call."""
+        grads = self.sets[step % len(self.sets)]
+        if not self.copied:
+            return grads
+        self._scratch = self._scratch or [torch.empty_like(g) for g in grads]
+        for scratch, grad in zip(self._scratch, grads, strict=True):
+            scratch.copy_(grad)
+        return self._scratch
 
 
 @dataclass
@@ -122,7 +147,7 @@ class Racer:
     extra: dict[str, int] = field(default_factory=dict)
 
     def feed(self, grads: list[Tensor]) -> None:
-        """Hand over gradients; optimizers do not write them, so all racers share the same tensors."""
+        """Hand over gradients; all racers share the same tensors, see `Gradients`."""
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g
 
@@ -134,80 +159,90 @@ class Racer:
         synchronize(device)
         return time.perf_counter() - start
 
-    def best_period(self, gap: int) -> Tensor:
-        """Milliseconds of each step of a refresh period: the fastest of the periods, which is free of most noise."""
+    def best_period(self, length: int) -> Tensor:
+        """Milliseconds of each step of a period: the fastest of the periods, which is free of most noise."""
         after_first = torch.tensor(self.times, dtype=torch.float64) * 1e3
-        return after_first.reshape(-1, gap).amin(0)
+        return after_first.reshape(-1, length).amin(0)
 
 
 def line_up(
-    entries: dict[str, Entry], work: Workload, gap: int, device: str, grads: list[Tensor]
+    entries: dict[str, Entry], work: Workload, gap: int, device: str, gradients: Gradients
 ) -> tuple[dict[str, Racer], dict[str, str]]:
     """Build every optimizer; those whose package is missing come back with the reason."""
     racers, absent = {}, {}
     for name, entry in entries.items():
         params = parameters(work, device)
+        # code that loads on the first step (peers, LAPACK, torch's own) is not charged to the first step
+        some = params if entry.compiles else params[:1]
         try:
-            # code that loads on the first step (peers, LAPACK, torch's own) is not charged to the first step
-            warm = Racer(entry, params[:1], entry.build(params[:1], work.rank, gap))
+            warm = Racer(entry, some, entry.build(some, work.rank, gap))
+            for step in range(1 + entry.compiles):
+                warm.feed(gradients.at(step)[: len(some)])
+                warm.optimizer.step()
         except ImportError as error:
             absent[name] = f"not installed: {error}"
             continue
-        warm.feed(grads[:1])
-        warm.optimizer.step()
+        except RuntimeError as error:
+            if not entry.compiles:
+                raise
+            # there may be no compiler
+            absent[name] = f"cannot be compiled here: {str(error).strip().splitlines()[0]}"
+            continue
         params = parameters(work, device)
         racers[name] = Racer(entry, params, entry.build(params, work.rank, gap))
     return racers, absent
 
 
 def race(
-    racers: dict[str, Racer], work: Workload, sets: list[list[Tensor]], gap: int, periods: int, device: str
+    racers: dict[str, Racer], work: Workload, gradients: Gradients, gap: int, rounds: int, device: str, *, firsts: int
 ) -> None:
     """Round-robin: every racer takes one step a round, in an order that rotates, so noise hits all the same.
 
-    The first step, on `periods` fresh optimizers because each has but one; then, of the last of them, `periods` whole
-    refresh periods: optimizers that spread their refreshes show all of them.
+    The first step, on `firsts` fresh optimizers because each has but one; then, of the last of them, `rounds` more.
     """
     order = list(racers.values())
-    rounds = 1 + periods * gap
     gc.collect()
     gc.disable()
     try:
-        for _ in range(periods):
+        for _ in range(firsts):
             for racer in order:
                 racer.optimizer = racer.entry.build(racer.params, work.rank, gap)
-                racer.feed(sets[0])
+                racer.feed(gradients.at(0))
                 racer.firsts.append(racer.timed_step(device))
             order.append(order.pop(0))
-        for t in range(1, rounds):
+        for t in range(1, 1 + rounds):
             for racer in order:
-                racer.feed(sets[t % len(sets)])
+                racer.feed(gradients.at(t))
                 racer.times.append(racer.timed_step(device))
             order.append(order.pop(0))
             if rounds >= 10 and t % (rounds // 10) == 0:
-                print(f"round {t + 1} of {rounds}", file=sys.stderr, flush=True)
+                print(f"round {t} of {rounds}", file=sys.stderr, flush=True)
     finally:
         gc.enable()
     for racer in order:
         racer.state = state_sizes(racer.optimizer)
 
 
-def measure_extra(racer: Racer, work: Workload, sets: list[list[Tensor]], gap: int, device: str) -> None:
-    """Peak extra memory of an ordinary step and of the most demanding step of the period, on a fresh optimizer.
+def measure_extra(racer: Racer, work: Workload, gradients: Gradients, gap: int, device: str, length: int) -> None:
+    """Peak extra memory of an ordinary step and of the most demanding step of a period.
 
-    Fresh, because state must be allocated under the profiler for its replacement at a refresh to be seen as one.
-    Profiling is slow on the CPU, so there only the slowest steps of the period are looked at: refreshes are slow.
+    Where bases are refreshed that is of a fresh optimizer, because state must be allocated under the profiler for its
+    replacement at a refresh to be seen as one. Profiling is slow on the CPU, so there only the slowest steps of the
+    period are looked at: refreshes are slow.
     """
-    quick, candidates = 1, {1}
-    if racer.entry.basis is not None:
-        period = racer.best_period(gap)
-        quick = int(period.argmin()) + 1
-        slowest = period.topk(gap if device != "cpu" else min(8, gap)).indices
-        candidates = {quick, *(int(index) + 1 for index in slowest)}
+    if not racer.entry.refreshes:
+        racer.feed(gradients.at(0))
+        peak = peak_extra_bytes(racer.optimizer.step, device)
+        racer.extra = {"ordinary": peak, "worst": peak}
+        return
+    period = racer.best_period(length)
+    quick = int(period.argmin()) + 1
+    slowest = period.topk(length if device != "cpu" else min(8, length)).indices
+    candidates = {quick, *(int(index) + 1 for index in slowest)}
 
     def begin() -> None:
         racer.optimizer = racer.entry.build(racer.params, work.rank, gap)
-        racer.feed(sets[0])
+        racer.feed(gradients.at(0))
         racer.optimizer.step()
 
     del racer.optimizer
@@ -218,7 +253,7 @@ def measure_extra(racer: Racer, work: Workload, sets: list[list[Tensor]], gap: i
         begin()
     peaks = {}
     for t in range(1, max(candidates) + 1):
-        racer.feed(sets[t % len(sets)])
+        racer.feed(gradients.at(t))
         if t in candidates:
             peaks[t] = peak_extra_bytes(racer.optimizer.step, device)
         else:

@@ -1,6 +1,5 @@
-"""What `bench` measures: matrices, synthetic gradients, the optimizers, and the least work each of them can do."""
+"""What `bench` measures on: matrices, synthetic gradients, what an optimizer is to it, and the least that it can do."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, state_bytes
+from experiments.bench_costs import CostOf, Shape
+from lowrank_optim import state_bytes
 
-Shape = tuple[int, int]
-LR = 1e-3
-SCALE = 0.25
 # three sets: prime to the usual gaps, so that two refreshes in a row do not meet the same gradient
 GRADIENT_SETS = 3
 
@@ -77,47 +74,18 @@ class Entry:
     """One optimizer of the benchmark; `build(params, rank, gap)` raises ImportError where a peer is not installed."""
 
     build: Build
-    # None: AdamW, no projection
-    basis: str | None = None
+    cost: CostOf
+    # it finds bases, each matrix in its own turn or all at once
+    refreshes: bool = False
     stagger: bool = False
-    # ours keeps float32 state whatever the parameter's dtype; peers keep the parameter's dtype
-    float32_state: bool = False
-
-
-def _adamw(**options: Any) -> Entry:
-    return Entry(lambda params, rank, gap: torch.optim.AdamW(params, lr=LR, weight_decay=0.0, **options))
-
-
-def _galore_group(params: list[nn.Parameter], rank: int, gap: int) -> dict[str, Any]:
-    return {"params": params, "rank": rank, "update_proj_gap": gap, "scale": SCALE, "proj_type": "std"}
-
-
-def _galore(basis: str, stagger: bool) -> Entry:
-    def build(params: list[nn.Parameter], rank: int, gap: int) -> torch.optim.Optimizer:
-        return GaLoreAdamW([_galore_group(params, rank, gap)], lr=LR, basis=basis, stagger=stagger)
-
-    return Entry(build, basis, stagger, float32_state=True)
-
-
-def _galore_torch(params: list[nn.Parameter], rank: int, gap: int) -> torch.optim.Optimizer:
-    # imports transformers and bitsandbytes, so only when asked for
-    peer: Any = importlib.import_module("galore_torch")
-    optimizer: torch.optim.Optimizer = peer.GaLoreAdamW(
-        [_galore_group(params, rank, gap)], lr=LR, no_deprecation_warning=True
-    )
-    return optimizer
-
-
-ENTRIES: dict[str, Entry] = {
-    "adamw_loop": _adamw(foreach=False, fused=False),
-    "adamw_foreach": _adamw(foreach=True),
-    "adamw_fused": _adamw(fused=True),
-    "galore_svd": _galore("svd", stagger=True),
-    "galore_svd_unstaggered": _galore("svd", stagger=False),
-    "galore_subspace": _galore("subspace", stagger=True),
-    "galore_subspace_unstaggered": _galore("subspace", stagger=False),
-    "galore_torch": Entry(_galore_torch, "svd"),
-}
+    # it leaves something else in `p.grad`: then every optimizer of the run is handed fresh copies
+    writes_gradients: bool = False
+    # its first steps compile: they are made before anything is timed
+    compiles: bool = False
+    # the entry that this one is, but for how its state is kept
+    float32_form: str | None = None
+    # how it was run, where that is not plain
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +94,7 @@ class Work:
 
     step_bytes: int
     step_flops: int
+    step_bfloat16_flops: int
     refresh_flops: tuple[int, ...]
     first_flops: int
     state_bytes: int
@@ -133,44 +102,23 @@ class Work:
     refresh_extra_bytes: int
 
 
-def _sides(shape: Shape, rank: int) -> tuple[int, int, int]:
-    short, long = sorted(shape)
-    return short, long, min(rank, short)
-
-
-def _refresh_flops(basis: str, short: int, long: int, rank: int) -> int:
-    # Householder QR of short × rank with Q formed
-    qr = 4 * short * rank**2 - 4 * rank**3 // 3
-    if basis == "sketch":
-        return 2 * short * long * rank + qr
-    if basis == "subspace":
-        # G (G' Q)
-        return 4 * short * long * rank + qr
-    # Golub and Van Loan's counts for singular values and the short side's vectors: with and without a QR first
-    return min(4 * long * short**2 + 8 * short**3, 2 * long * short**2 + 11 * short**3)
-
-
 def least_work(entry: Entry, work: Workload) -> Work:
     """Floors for one step: everything read once, written once, nothing kept in between.
 
-    AdamW reads weight, gradient and two moments and writes all but the gradient. GaLore reads weight, gradient, basis
-    and two moments of rank × long side, writes the weight and the moments, and multiplies twice (down and back up);
-    it must hold one matrix's coordinates, and a refresh must hold one new basis. The first step finds all bases, where
-    refreshes are staggered by one product with a random matrix.
+    An optimizer reads weight, gradient and state and writes all but the gradient and its bases; one matrix at a time,
+    so what it must hold is what the largest one needs.
     """
     item = work.dtype.itemsize
-    state_item = 4 if entry.float32_state else item
-    if entry.basis is None:
-        return Work(7 * work.numel * item, 0, (), 0, 2 * work.numel * item, 0, 0)
-    sides = [_sides(shape, work.rank) for shape in work.shapes]
+    costs = [entry.cost(shape, work.rank, work.dtype) for shape in work.shapes]
     return Work(
-        step_bytes=sum(3 * s * n * item + (s * r + 4 * r * n) * state_item for s, n, r in sides),
-        step_flops=sum(4 * s * n * r for s, n, r in sides),
-        refresh_flops=tuple(_refresh_flops(entry.basis, *side) for side in sides),
-        first_flops=sum(_refresh_flops("sketch" if entry.stagger else entry.basis, *side) for side in sides),
-        state_bytes=sum((2 * r * n + s * r) * state_item for s, n, r in sides),
-        extra_bytes=max(r * n * state_item for s, n, r in sides),
-        refresh_extra_bytes=max((s * r + r * n) * state_item for s, n, r in sides),
+        step_bytes=3 * work.numel * item + sum(2 * cost.moments + cost.basis for cost in costs),
+        step_flops=sum(cost.flops for cost in costs),
+        step_bfloat16_flops=sum(cost.bfloat16_flops for cost in costs),
+        refresh_flops=tuple(cost.refresh_flops for cost in costs if cost.refresh_flops),
+        first_flops=sum(cost.first_flops for cost in costs),
+        state_bytes=sum(cost.moments + cost.basis for cost in costs),
+        extra_bytes=max(cost.extra for cost in costs),
+        refresh_extra_bytes=max(max(cost.extra, cost.refresh_extra) for cost in costs),
     )
 
 
@@ -201,7 +149,9 @@ def state_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     The two differ where state is a view: a slice of an SVD factor keeps the whole factor in memory.
     """
     states = list(optimizer.state.values())
-    objects = [value for state in states for value in state.values() if not isinstance(value, Tensor)]
+    # `state_bytes` looks into containers
+    seen = (Tensor, dict, list, tuple)
+    objects = [value for state in states for value in state.values() if not isinstance(value, seen)]
     counted = state_bytes(optimizer).total + sum(t.numel() * t.element_size() for t in tensors_inside(objects))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_inside(states)}
     return counted, sum(storages.values())

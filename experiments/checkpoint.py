@@ -172,6 +172,22 @@ def explicit(path: Path) -> dict[str, Any]:
         raise
 
 
+def load_weights(path: Path, model: torch.nn.Module) -> str:
+    """Puts the weights of a checkpoint, or of a run directory's newest, into `model`; returns a line that says so."""
+    if path.is_dir():
+        best = newest(path / "checkpoints")
+        if best is None:
+            raise CheckpointError(f"no checkpoint in {path / 'checkpoints'}")
+        path, state, _ = best
+    else:
+        state = explicit(path)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {path} do not fit this model: {' '.join(str(error).split())}") from error
+    return f"weights from {path}, step {state['step']}"
+
+
 def rng_state() -> dict[str, Any]:
     """The random states that training may read: torch on the CPU and on every CUDA device, and Python's."""
     version, words, gauss = random.getstate()

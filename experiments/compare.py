@@ -3,9 +3,10 @@
     python -m experiments.compare --config experiments/configs/compare_tiny.yaml --jobs 2
 
 Every run is a process of its own (`python -m experiments.pretrain`), and a finished one is known by its `summary.json`:
-the same command goes on where it was stopped. Every arm is tuned by the same procedure with the same number of
-candidates for every tuned argument: the starting grid, factors of 2 outward while the best lies at an edge, and, for
-arms that were bracketed sooner than others, values between the best and its neighbours.
+the same command goes on where it was stopped. Every arm is tuned by the same procedure. `search: coordinate` tunes one
+argument after the other, with as many candidates for every arm: the starting grid, factors of 2 outward while the best
+lies at an edge, and, for arms that were bracketed sooner than others, values between the best and its neighbours.
+`search: grid` runs every setting of a full grid, and factors of 2 outward along its first argument.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from experiments.compare_fork import Forks
 from experiments.compare_plan import Comparison, load, plan
 from experiments.compare_report import write_report
 from experiments.compare_runs import Result, collect, run_all
@@ -30,6 +32,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="directory of the runs, default: runs/NAME_OF_THE_CONFIG")
     parser.add_argument("--results", type=Path, help="directory of table, JSON and plots, default: --out")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each when more than one")
+    parser.add_argument("--fork", action="store_true", help="fork the runs from this process: faster, not for a GPU")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds of the repeated runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of every run")
@@ -68,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     results: dict[str, Result] = {}
     now = plan(comparison, results)
+    start = Forks(args.out) if args.fork else None
     while now.wanted:
         new = collect(now.wanted, args.out)
+        results |= new
         left = [run for run in now.wanted if run.key not in new]
-        if left and args.report_only:
+        if args.report_only and not new:
             break
-        results |= new | run_all(left, args.out, args.jobs)
+        if not args.report_only:
+            results |= run_all(left, args.out, args.jobs, start)
         now = plan(comparison, results)
     told = command("experiments.compare", argv)
     print(write_report(comparison, now, results, args.out, args.results, args.config.stem, told, args.jobs))

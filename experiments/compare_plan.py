@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
+from experiments import compare_grid
+from experiments.compare_grid import Settings, Slice
 from experiments.compare_runs import Result, Run
 
 # outward steps per tuned argument: a factor of 256 beyond the starting grid is a broken arm, not a bad guess
 MAX_EXTENSIONS = 8
-Settings = dict[str, float]
 Results = Mapping[str, Result]
 
 
@@ -22,7 +23,7 @@ class Arm:
     """One optimizer: the arguments that make it, and starting values of the arguments that are tuned, in order."""
 
     args: dict[str, Any]
-    grid: dict[str, tuple[float, ...]]
+    grid: dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Comparison:
     """What a comparison file holds.
 
     Args:
-        arms: Optimizers by name; all tune the same arguments from grids of the same length.
+        arms: Optimizers by name; in a coordinate search all tune the same arguments from grids of the same length.
         common: Arguments of every run.
+        search: coordinate tunes one argument after the other, each from its grid outward until the best is bracketed;
+            grid runs every setting of the grid, and then only the first argument grows outward.
         tune_seed: Seed of the tuning runs.
         seeds: Seeds of the repeated runs; fresh ones, because the best of many runs is lucky on its own seed.
         seed_key: Argument that takes the seed.
@@ -44,24 +47,34 @@ class Comparison:
     seeds: tuple[int, ...] = (1, 2, 3)
     seed_key: str = "train.seed"
     baseline: str = ""
+    search: str = "coordinate"
 
     def __post_init__(self) -> None:
         """Refuses what would not be a fair comparison."""
         if not self.arms or not self.seeds:
             raise ValueError("a comparison needs at least one arm and one seed")
+        if self.search not in ("coordinate", "grid"):
+            raise ValueError(f"search must be 'coordinate' or 'grid', got {self.search!r}")
         shapes = {name: {key: len(values) for key, values in arm.grid.items()} for name, arm in self.arms.items()}
         first = next(iter(shapes.values()))
-        if any(list(shape.items()) != list(first.items()) for shape in shapes.values()):
+        alike = [list(shape.items()) == list(first.items()) for shape in shapes.values()]
+        if self.search == "grid":
+            # momentum here and a pair of betas there are as many choices, under other names
+            alike = [next(iter(shape.items()), ()) == next(iter(first.items()), ()) for shape in shapes.values()]
+        if not all(alike):
             raise ValueError(f"arms must tune the same arguments from grids of the same length, got {shapes}")
-        if not first or any(value <= 0 for arm in self.arms.values() for grid in arm.grid.values() for value in grid):
+        numbers = [value for arm in self.arms.values() for value in next(iter(arm.grid.values()), (0,))]
+        if self.search == "coordinate":
+            numbers += [value for arm in self.arms.values() for grid in arm.grid.values() for value in grid]
+        if not first or any(not isinstance(value, float) or value <= 0 for value in numbers):
             raise ValueError("every arm needs a grid of positive values for at least one argument")
         if self.baseline and self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline!r} is not an arm; arms: {', '.join(self.arms)}")
 
     @property
     def knobs(self) -> list[str]:
-        """The tuned arguments, in the order in which they are tuned."""
-        return list(next(iter(self.arms.values())).grid)
+        """The tuned arguments of all arms, in the order in which they are tuned."""
+        return list(dict.fromkeys(knob for arm in self.arms.values() for knob in arm.grid))
 
     def run(self, arm: str, settings: Settings, seed: int) -> Run:
         """The run of one arm at one setting."""
@@ -80,14 +93,16 @@ def load(path: Path) -> Comparison:
             raise ValueError(f"{path}: arm {name!r} must have the keys args and grid, got {sorted(arm)}")
         args = _mapping(arm["args"] or {}, f"{path}: args of {name!r}")
         grid = _mapping(arm["grid"], f"{path}: grid of {name!r}")
-        arms[name] = Arm(args, {key: _values(values, f"{path}: {key} of {name!r}") for key, values in grid.items()})
+        pairs = tree.get("search") == "grid"
+        values = {key: _values(values, f"{path}: {key} of {name!r}", pairs) for key, values in grid.items()}
+        arms[name] = Arm(args, values)
     if "common" in tree:
         tree["common"] = _mapping(tree["common"] or {}, f"{path}: common")
     seeds = tree["seeds"] = tree.get("seeds", list(Comparison.seeds))
     if not isinstance(seeds, list) or not all(type(seed) is int for seed in [*seeds, tree.get("tune_seed", 0)]):
         raise ValueError(f"{path}: seeds must be a list of whole numbers, and tune_seed one")
     tree["seeds"] = tuple(seeds)
-    for key in ("baseline", "seed_key"):
+    for key in ("baseline", "seed_key", "search"):
         if not isinstance(tree.get(key, ""), str):
             raise ValueError(f"{path}: {key} must be a word, got {tree[key]!r}")
     return Comparison(arms, **tree)
@@ -99,8 +114,10 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def _values(values: Any, what: str) -> tuple[float, ...]:
+def _values(values: Any, what: str, pairs: bool = False) -> tuple[Any, ...]:
     try:
+        if pairs and isinstance(values, list) and values and all(isinstance(value, list) for value in values):
+            return tuple([float(number) for number in value] for value in values)
         if isinstance(values, list) and values:
             # float(): YAML reads 1e-3 as a word
             return tuple(sorted(float(value) for value in values))
@@ -173,18 +190,47 @@ class Plan:
 
     wanted: list[Run]
     best: dict[str, Settings]
-    tunings: dict[str, dict[str, Tuning]]
+    tunings: dict[str, dict[str, Tuning | Slice]]
     done: bool = False
 
 
 def plan(comparison: Comparison, results: Results) -> Plan:
     """The runs that the results so far call for; a pure function, so a stopped comparison simply goes on."""
+    return _plan_grid(comparison, results) if comparison.search == "grid" else _plan_coordinate(comparison, results)
+
+
+def _plan_grid(comparison: Comparison, results: Results) -> Plan:
+    now = Plan([], {}, {})
+    wanted = []
+    for name, arm in comparison.arms.items():
+
+        def result(settings: Settings, name: str = name) -> Result | None:
+            return results.get(comparison.run(name, settings, comparison.tune_seed).key)
+
+        def loss(settings: Settings) -> float | None:
+            ended = result(settings)
+            return None if ended is None else ended.loss
+
+        # an arm that cannot run at all is not helped by other values
+        broken = all((ended := result(one)) and ended.status == "failed" for one in compare_grid.settings(arm.grid))
+        found = compare_grid.search(arm.grid, loss, 0 if broken else MAX_EXTENSIONS)
+        now.best[name], now.tunings[name] = found.best, dict(found.slices)
+        seeds = () if found.missing else comparison.seeds
+        runs = [comparison.run(name, one, comparison.tune_seed) for one in found.missing]
+        runs += [comparison.run(name, found.best, seed) for seed in seeds]
+        wanted.append([run for run in runs if run.key not in results])
+    # arms do not wait for each other
+    now.wanted, now.done = _interleave(wanted), not any(wanted)
+    return now
+
+
+def _plan_coordinate(comparison: Comparison, results: Results) -> Plan:
     # arguments not tuned yet stand at the middle of their grid
     best = {
         name: {key: values[(len(values) - 1) // 2] for key, values in arm.grid.items()}
         for name, arm in comparison.arms.items()
     }
-    tunings: dict[str, dict[str, Tuning]] = {name: {} for name in comparison.arms}
+    tunings: dict[str, dict[str, Tuning | Slice]] = {name: {} for name in comparison.arms}
 
     def search(name: str, knob: str, count: int) -> list[Run]:
         def run(value: float) -> Run:

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -42,12 +42,17 @@ def _file_options(name: Any) -> dict[str, Any]:
     return flat(tree) if isinstance(tree, dict) else {}
 
 
+def short(value: Any) -> str:
+    """A tuned value, a number or several, as it is written in names and tables."""
+    return "_".join(f"{number:g}" for number in (value if isinstance(value, list | tuple) else [value]))
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: an arm at one setting of its tuned arguments, and one seed."""
 
     arm: str
-    settings: dict[str, float]
+    settings: dict[str, Any]
     seed: int
     args: dict[str, Any]
 
@@ -66,12 +71,16 @@ class Run:
         options |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.args.items()}
         counted = [f"{key}={value}" for key, value in sorted(options.items()) if not key.startswith(_NO_MATTER)]
         digest = hashlib.sha256("\n".join(counted).encode()).hexdigest()[:8]
-        settings = ",".join(f"{key.rpartition('.')[2]}={value:g}" for key, value in self.settings.items())
+        settings = ",".join(f"{key.rpartition('.')[2]}={short(value)}" for key, value in self.settings.items())
         return f"{self.arm}/{settings},seed={self.seed}-{digest}"
 
     def arguments(self, directory: Path) -> list[str]:
         """What follows `python`."""
-        return ["-m", "experiments.pretrain", *self.words, f"--run_dir={directory}", "--resume=auto"]
+        return ["-m", "experiments.pretrain", *self.options(directory)]
+
+    def options(self, directory: Path) -> list[str]:
+        """What follows `python -m experiments.pretrain`."""
+        return [*self.words, f"--run_dir={directory}", "--resume=auto"]
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ def collect(runs: Iterable[Run], out: Path) -> dict[str, Result]:
     return {key: result for key, result in found if result is not None}
 
 
-def _log(run: Run, out: Path) -> Path:
-    # beside the directory, not in it: the run decides what its directory may hold
+def log_file(run: Run, out: Path) -> Path:
+    """Where a run's output goes: beside its directory, because the run decides what that may hold."""
     return out / f"{run.key}.log"
 
 
@@ -119,7 +128,7 @@ def _environment(jobs: int) -> dict[str, str]:
 def _start(run: Run, out: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
     directory = out / run.key
     directory.mkdir(parents=True, exist_ok=True)
-    with _log(run, out).open("wb") as log:
+    with log_file(run, out).open("wb") as log:
         # its own session: an interrupt reaches it through us, once
         return subprocess.Popen(
             [sys.executable, *run.arguments(directory)],
@@ -135,16 +144,39 @@ def _finish(run: Run, out: Path, code: int) -> Result:
     result = read_result(run, out)
     if result is not None:
         return result
-    lines = [line for line in _log(run, out).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log_file(run, out).read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no output"
     return Result(run, "failed", message=f"exit status {code} and no summary: {last}")
 
 
-def run_all(runs: Sequence[Run], out: Path, jobs: int) -> dict[str, Result]:
-    """Run them, `jobs` at a time; an interrupt stops the processes in a way that they can go on from later."""
+class Process(Protocol):
+    """What `run_all` needs of a process, in the words of `subprocess.Popen`."""
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+
+    def terminate(self) -> None:
+        """Asks it to stop."""
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+
+
+def run_all(
+    runs: Sequence[Run], out: Path, jobs: int, start: Callable[[Run], Process] | None = None
+) -> dict[str, Result]:
+    """Run them, `jobs` at a time; an interrupt stops the processes in a way that they can go on from later.
+
+    Args:
+        runs: What to run.
+        out: Directory of the runs.
+        jobs: How many at a time.
+        start: Starts one; by default as a new interpreter.
+    """
     env = _environment(jobs)
+    start = start or (lambda run: _start(run, out, env))
     waiting = list(runs)
-    running: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
+    running: dict[str, tuple[Run, Process, float]] = {}
     results: dict[str, Result] = {}
     # a terminated comparison must not leave its runs behind
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -152,15 +184,15 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int) -> dict[str, Result]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run.key] = (run, _start(run, out, env), time.monotonic())
-            for key, (run, process, start) in list(running.items()):
+                running[run.key] = (run, start(run), time.monotonic())
+            for key, (run, process, began) in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
                 del running[key]
                 results[key] = result = _finish(run, out, code)
                 outcome = f"{result.loss:.4f}" if result.status == "done" else f"{result.status}, {result.message}"
-                took = time.monotonic() - start
+                took = time.monotonic() - began
                 print(f"{key}: {outcome} ({took:.0f} s; {len(waiting) + len(running)} to go now)", file=sys.stderr)
             time.sleep(0.05)
     finally:

@@ -15,45 +15,13 @@ from jsonargparse import ArgumentParser
 
 from experiments.data import DataConfig
 from experiments.llama import LlamaConfig
+from experiments.optim_config import OptimConfig as OptimConfig
 
 SECTIONS = ("model", "data", "optim", "train", "track")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; one line for the user."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer; the defaults are tuned for the default run.
-
-    Args:
-        name: galore_adamw (this package) or adamw (torch's, fused).
-        lr: Learning rate of the projected matrices.
-        other_lr: Learning rate of everything else (embedding, head, norms); `lr` if null.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay of the matrices.
-        rank: Rank of the projection, or a fraction of the short side; not used by adamw, like all that follows.
-        update_proj_gap: Steps between two refreshes of a basis.
-        scale: Factor on the projected update.
-        proj_type: Which side is projected.
-        basis: How a basis is found.
-        stagger: Spread the refreshes over the period.
-    """
-
-    name: Literal["galore_adamw", "adamw"] = "galore_adamw"
-    lr: float = 7e-3
-    other_lr: float | None = 2e-2
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    rank: int | float = 32
-    update_proj_gap: int = 50
-    scale: float = 1.0
-    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    basis: Literal["svd", "subspace"] = "svd"
-    stagger: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,16 +35,21 @@ class TrainConfig:
         accumulate: Forward passes in one optimizer step.
         clip: Largest norm of all gradients together; 0 for no clipping.
         warmup: Steps over which the learning rate rises from 0.
-        min_lr_ratio: Where the cosine ends, as a fraction of the learning rate.
+        min_lr_ratio: Where the cosine ends, as a fraction of the learning rate; 1 keeps it constant.
+        init_from: Checkpoint file, or run directory (its newest), whose weights the run starts from; nothing else of it
+            is used.
         seed: Seeds the weights, and is added to `data.seed`, which seeds the order of the text.
         dtype: Of weights, gradients and activations.
         compile: Run the model through torch.compile.
         device: auto takes a GPU where there is one.
         threads: CPU threads of torch; 0 leaves torch's own choice.
-        eval_every: Steps between two evaluations; there is one before the first step and one after the last.
+        eval_every: Steps between two evaluations; there is always one after the last.
+        eval_first: Evaluate before the first step too.
         eval_batches: Validation batches in one evaluation, always the same ones.
         log_every: Steps between two rows of metrics.
         save_every: Steps between two checkpoints; 0 for none but the last.
+        save_last: Save after the last step; a finished run without it has nothing to go on from.
+        plots: Draw loss.png and memory.png at the end.
         keep: How many checkpoints stay.
     """
 
@@ -87,15 +60,19 @@ class TrainConfig:
     clip: float = 1.0
     warmup: int = 30
     min_lr_ratio: float = 0.1
+    init_from: str | None = None
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     device: str = "auto"
     threads: int = 0
     eval_every: int = 100
+    eval_first: bool = True
     eval_batches: int = 16
     log_every: int = 10
     save_every: int = 100
+    save_last: bool = True
+    plots: bool = True
     keep: int = 2
 
     def __post_init__(self) -> None:

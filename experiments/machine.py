@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "galore-torch", "transformers", "bitsandbytes")
+_PEERS = ("galore-torch", "transformers", "bitsandbytes", "heavyball", "pytorch-optimizer", "muon-optimizer")
+_PACKAGES = ("torch", "triton", "numpy", *_PEERS)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS")
 
 

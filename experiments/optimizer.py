@@ -1,31 +1,110 @@
 """The optimizer of a run and its learning rate."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+import lowrank_optim
 from experiments.config import ConfigError, OptimConfig
-from lowrank_optim import GaLoreAdamW, ParamGroups, param_groups
+from lowrank_optim import ParamGroups, param_groups
+
+# taken by every optimizer, and passed on by `build_optimizer` itself
+SHARED = ("name", "lr", "other_lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one optimizer takes beside `SHARED`.
+
+    Args:
+        make: Makes it from groups and keyword arguments.
+        arguments: Keyword arguments of `make`, by the option that fills each.
+        of_matrices: Options that are keys of the matrices' group.
+        tuned: Values that stand for a null here.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    of_matrices: tuple[str, ...] = ()
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _without(names: Mapping[str, str], *taken: str) -> dict[str, str]:
+    return {option: name for option, name in names.items() if option not in taken}
+
+
+def _ours(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def make(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = getattr(lowrank_optim, name)(*args, **kwargs)
+        return optimizer
+
+    return make
+
+
+def _adamw(groups: ParamGroups, **kwargs: Any) -> torch.optim.Optimizer:
+    fused = not any(p.is_meta for group in groups for _, p in group["params"])
+    # copies, because torch takes the names out of the groups it is given
+    return torch.optim.AdamW([dict(group) for group in groups], **kwargs, fused=fused)
+
+
+_STORED = ("state_dtype",)
+_PROJECTED = ("rank", "update_proj_gap", "basis")
+# what is no matrix is AdamW's
+_FALLBACK = {"betas": "fallback_betas", "eps": "fallback_eps"}
+_MOMENTUM = _same("momentum", "nesterov", "stochastic_rounding")
+_SCHULZ = _same("ns_coefficients", "ns_steps", "ns_dtype", "method")
+_MUON = {**_MOMENTUM, **_SCHULZ, **_FALLBACK, **_same("adjust_lr_fn")}
+
+OPTIMIZERS: dict[str, Known] = {
+    "adamw": Known(_adamw, _same("betas", "eps")),
+    "galore_adamw": Known(
+        _ours("GaLoreAdamW"),
+        _same("betas", "eps", "stagger"),
+        (*_PROJECTED, "scale", "proj_type", *_STORED),
+        {"update_proj_gap": 50},
+    ),
+    "muon": Known(_ours("Muon"), {**_MUON, **_same("momentum_form", "normuon_beta2", "cautious")}, _STORED),
+    "lowrank_muon": Known(_ours("LowRankMuon"), {**_MUON, **_same("residual", "stagger")}, (*_PROJECTED, *_STORED)),
+    "trion": Known(_ours("Trion"), _without(_MUON, "nesterov"), ("rank", "basis", *_STORED)),
+    "auon": Known(_ours("AuON"), {**_MUON, **_same("gamma", "normalize")}, _STORED),
+    "steepest_descent": Known(_ours("SteepestDescent"), {**_MOMENTUM, **_SCHULZ}, _STORED),
+}
 
 
 def build_optimizer(model: nn.Module, c: OptimConfig) -> tuple[torch.optim.Optimizer, ParamGroups]:
-    """The optimizer and the groups it was given; `lr` goes to the matrices, `other_lr` to everything else."""
-    projection: dict[str, Any] = {key: getattr(c, key) for key in ("update_proj_gap", "scale", "proj_type", "basis")}
+    """The optimizer and the groups it was given; `lr` goes to the matrices, `other_lr` to everything else.
+
+    Raises:
+        ConfigError: If a value is out of range, or one was given that this optimizer does not take.
+    """
+    known = OPTIMIZERS[c.name]
+    _refuse_unknown(known, c)
+    given = {f.name: getattr(c, f.name) for f in fields(c)}
+    given = {name: known.tuned.get(name) if value is None else value for name, value in given.items()}
+    arguments = {name: given[option] for option, name in known.arguments.items() if given[option] is not None}
+    of_matrices = {name: given[name] for name in known.of_matrices if given[name] is not None}
     try:
-        groups = param_groups(model, rank=c.rank, weight_decay=c.weight_decay, other_lr=c.other_lr, **projection)
-        shared: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps}
-        if c.name == "adamw":
-            for group in groups:
-                for key in ("rank", *projection):
-                    group.pop(key, None)
-            fused = not next(model.parameters()).is_meta
-            # copies, because torch takes the names out of the groups it is given
-            return torch.optim.AdamW([dict(group) for group in groups], **shared, fused=fused), groups
-        return GaLoreAdamW(groups, **shared, stagger=c.stagger), groups
+        groups = param_groups(model, weight_decay=c.weight_decay, other_lr=c.other_lr, **of_matrices)
+        return known.make(groups, lr=c.lr, **arguments), groups
     except ValueError as error:
         raise ConfigError(f"optim: {error}") from error
+
+
+def _refuse_unknown(known: Known, c: OptimConfig) -> None:
+    # null by default, so a value is meant to do something; how to project is left out, so that one command line with
+    # another name compares projecting with not
+    taken = {*SHARED, *known.arguments, *known.of_matrices, *_PROJECTED}
+    for option in fields(c):
+        if option.default is None and option.name not in taken and (value := getattr(c, option.name)) is not None:
+            raise ConfigError(f"optim.{option.name}={value} means nothing to optim.name={c.name}")
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:

@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ from experiments.checkpoint import CheckpointError
 from experiments.config import Config, ConfigError, as_dict, as_yaml, parse
 from experiments.corpus import DataError
 from experiments.curves import draw
-from experiments.data import load_corpus
+from experiments.data import Corpus, load_corpus
 from experiments.llama import Llama
 from experiments.optimizer import build_optimizer, lr_factor
-from experiments.report import final_table, plan, progress, progress_bar, speaker, summarize
+from experiments.report import final_table, matrix_state_bytes, plan, progress, progress_bar, speaker, summarize
 from experiments.run_dir import environment_file, find_start, open_directory
 from experiments.same_run import check_same_run
 from experiments.stopping import StopRequest
@@ -93,7 +94,13 @@ def gathered(cursor: dict[str, Any], world: int) -> list[Any]:
     return cursors
 
 
-def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.ExitStack) -> None:
+def run(
+    c: Config,
+    argv: Sequence[str],
+    stop: StopRequest,
+    held: contextlib.ExitStack,
+    load: Callable[..., Corpus] = load_corpus,
+) -> None:
     """One run, from its configuration to its summary; `held` keeps the run directory from other processes."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(c.train.device)
@@ -105,7 +112,7 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.Exit
     torch.manual_seed(c.train.seed)
     random.seed(c.train.seed)
     text = dataclasses.replace(c.data, seed=c.data.seed + c.train.seed)
-    corpus = load_corpus(text, seq_len=c.train.seq_len, vocab_size=c.model.vocab_size)
+    corpus = load(text, seq_len=c.train.seq_len, vocab_size=c.model.vocab_size)
     batches = corpus.batches(c.train.batch_size, rank=rank, world_size=world)
     held_out = corpus.validation(c.train.batch_size, c.train.eval_batches * c.train.batch_size * c.train.seq_len)
     model = Llama(c.model).to(device, DTYPES[c.train.dtype])
@@ -113,6 +120,8 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.Exit
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     start, saved = find_start(c.run_dir, c.resume)
     notes = list(start.notes)
+    if saved is None and c.train.init_from is not None:
+        notes.append(checkpoint.load_weights(Path(c.train.init_from), model))
 
     step, position, run_id = 0, 0, None
     loss_sum, loss_count = torch.zeros((), device=device), 0
@@ -156,7 +165,7 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.Exit
     logged_step, logged_busy = step, totals["busy"]
 
     with bar, contextlib.closing(tracker):
-        if step == 0:
+        if step == 0 and c.train.eval_first:
             row = evaluate(objective, held_out, device, corpus.bytes_per_token)
             say(f"step 0: validation loss {row['eval/loss']:.4f}")
             tracker.log({"step": 0, "tokens": 0, **row, "time/seconds": time.perf_counter() - began})
@@ -218,7 +227,10 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.Exit
                 tracker.log({"step": step, "tokens": step * tokens_a_step, **row})
 
             stopping = stop.agreed(device)
-            if last or stopping or (c.train.save_every and step % c.train.save_every == 0):
+            due = c.train.save_last if last else bool(c.train.save_every) and step % c.train.save_every == 0
+            if last:
+                totals["seconds"] = time.perf_counter() - began
+            if due or (stopping and not last):
                 totals["seconds"] = time.perf_counter() - began
                 cursors = gathered(batches.state_dict(), world)
                 if directory is not None:
@@ -242,22 +254,24 @@ def run(c: Config, argv: Sequence[str], stop: StopRequest, held: contextlib.Exit
                 return
 
         summary = summarize(c.optim.name, step, step * tokens_a_step, totals, meter.read(), adamw_bytes, sizes)
+        summary["matrix_state_bytes"] = matrix_state_bytes(optimizer, groups)
         tracker.summarize(summary)
     if directory is not None:
         print(final_table(summary), flush=True)
         finite = without_nan({**summary, "config": as_dict(c)})
         checkpoint.write_text(directory / "summary.json", json.dumps(finite, indent=2) + "\n")
         try:
-            draw(directory)
+            if c.train.plots:
+                draw(directory)
         except ImportError as error:
             say(f"no plots ({error}); where matplotlib is installed: python -m experiments.curves {directory}")
-        print(f"\nsummary, metrics and plots: {directory}", flush=True)
+        print(f"\nsummary, metrics{' and plots' if c.train.plots else ''}: {directory}", flush=True)
     if unsaved is not None:
         raise unsaved
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what the command line says; a mistake in the input is one line on stderr and 2."""
+def main(argv: Sequence[str] | None = None, load: Callable[..., Corpus] = load_corpus) -> int:
+    """Runs what the command line says, on what `load` reads; a mistake in the input is one line on stderr and 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     stop = StopRequest()
     try:
@@ -268,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan(model, *build_optimizer(model, config.optim)))
             return 0
         with stop.listening(), contextlib.ExitStack() as held:
-            run(config, argv, stop, held)
+            run(config, argv, stop, held, load)
     # an OSError is a disk that is full or a place that cannot be written to: it names the file where there is one
     except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

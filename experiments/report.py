@@ -45,6 +45,16 @@ def progress(row: Mapping[str, float], step: int, steps: int, tokens_a_step: int
     )
 
 
+def matrix_state_bytes(optimizer: torch.optim.Optimizer, groups: ParamGroups) -> int:
+    """What an optimizer keeps for the matrices that its method is about, without their step counters.
+
+    Everything else is the same AdamW in every optimizer, and would hide what a method keeps.
+    """
+    matrices = {name for group in groups if group["name"].startswith("matrices") for name, _ in group["params"]}
+    kept = state_bytes(optimizer).by_parameter
+    return sum(size for name in matrices for key, size in kept.get(name, {}).items() if key != "step")
+
+
 def plan(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: ParamGroups) -> str:
     """Who goes where, and what a run would keep in memory; the model may be on the meta device."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

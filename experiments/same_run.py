@@ -23,7 +23,8 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], data: dict[str
     Raises:
         ConfigError: If something changed that cannot.
     """
-    fixed = ("model.", "data.", "optim.", "train.seed", "train.batch_size", "train.seq_len", "train.accumulate")
+    batch = ("train.batch_size", "train.seq_len", "train.accumulate")
+    fixed = ("model.", "data.", "optim.", "train.seed", "train.init_from", *batch)
     old, new = flat(saved["config"]), flat(config)
     old |= {"data.fingerprint": _short(saved["data"]), "train.processes": len(saved["batches"])}
     new |= {"data.fingerprint": _short(data), "train.processes": world_size}

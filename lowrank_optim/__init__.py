@@ -1,12 +1,19 @@
 """Memory-efficient optimizers for PyTorch: one composition of basis, rule and storage."""
 
+from lowrank_optim.auon import AuON as AuON
+from lowrank_optim.coefficients import polar_express_coefficients as polar_express_coefficients
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
+from lowrank_optim.lowrank_muon import LowRankMuon as LowRankMuon
 from lowrank_optim.memory import MemoryMeter as MemoryMeter
 from lowrank_optim.memory import StateBytes as StateBytes
 from lowrank_optim.memory import adamw_state_bytes as adamw_state_bytes
 from lowrank_optim.memory import state_bytes as state_bytes
+from lowrank_optim.muon import Muon as Muon
 from lowrank_optim.ops import backend as backend
+from lowrank_optim.orthogonal import orthogonalize as orthogonalize
 from lowrank_optim.params import ParamGroups as ParamGroups
 from lowrank_optim.params import param_groups as param_groups
+from lowrank_optim.steepest import SteepestDescent as SteepestDescent
+from lowrank_optim.trion import Trion as Trion
 
 __version__ = "0.1.0"

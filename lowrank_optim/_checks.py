@@ -2,12 +2,15 @@
 
 import difflib
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-# keys of other libraries' groups, which are accepted and mean nothing here
-_IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr"}
+# what a group of `param_groups` is: "other" are matrices that are not targets, and all but "matrix" is for AdamW
+Role = Literal["matrix", "embedding", "head", "other", "vector"]
+
+# keys of other libraries' groups and of `param_groups`, accepted also by an optimizer to which they mean nothing
+_IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr", "role", "split", "flatten"}
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")
 
 
@@ -16,12 +19,10 @@ def check_group(group: dict[str, Any], known: dict[str, Any]) -> None:
     check_lr(group["lr"])
     require(_number(group["weight_decay"]) and group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
     require(isinstance(group["maximize"], bool), group, "maximize", "a bool")
-    if "betas" in group:
-        betas = group["betas"]
-        pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(_number(b) and 0 <= b < 1 for b in betas)
-        require(pair, group, "betas", "two numbers in [0, 1)")
-    if "eps" in group:
-        require(_number(group["eps"]) and group["eps"] >= 0, group, "eps", "a number >= 0")
+    require(isinstance(group["stochastic_rounding"], bool), group, "stochastic_rounding", "a bool")
+    _check_adam(group, "betas", "eps")
+    if group.get("role") is not None:
+        require(group["role"] in get_args(Role), group, "role", f"one of {', '.join(get_args(Role))}")
     for key in _UNSUPPORTED:
         require(not group.get(key, False), group, key, "False: it is not supported")
     for key in group.keys() - known.keys() - _IGNORED:
@@ -41,10 +42,8 @@ def check_lr(lr: Any) -> None:
 
 def check_projection(group: dict[str, Any], *, proj_types: tuple[str, ...], bases: tuple[str, ...]) -> None:
     """Raise ValueError for a value that says how to project and is out of its range."""
-    rank = group["rank"]
-    if rank is not None:
-        fraction = isinstance(rank, float) and 0 < rank <= 1
-        require(fraction or (_whole(rank) and rank >= 1), group, "rank", "an int >= 1 or a float in (0, 1]")
+    if group["rank"] is not None:
+        check_rank(group)
     gap = group["update_proj_gap"]
     require(_whole(gap) and gap >= 1, group, "update_proj_gap", "an int >= 1")
     require(_number(group["scale"]), group, "scale", "a finite number")
@@ -53,10 +52,95 @@ def check_projection(group: dict[str, Any], *, proj_types: tuple[str, ...], base
     require(isinstance(group["stagger"], bool), group, "stagger", "a bool")
 
 
+def check_rank(group: dict[str, Any], least: int = 1) -> None:
+    """Raise ValueError unless the rank is a number of vectors, `least` or more, or a fraction of the short side."""
+    rank = group["rank"]
+    fraction = isinstance(rank, float) and 0 < rank <= 1
+    require(fraction or (_whole(rank) and rank >= least), group, "rank", f"an int >= {least} or a float in (0, 1]")
+
+
+def check_uncut(group: dict[str, Any]) -> None:
+    """Raise ValueError where a parameter is to be seen as several matrices by what has one basis for each."""
+    one = "there is one basis for each parameter (Muon takes several matrices in one)"
+    require(group.get("split") is None, group, "split", f"None: {one}")
+    require(group.get("flatten", True) is True, group, "flatten", f"True: {one}")
+
+
+def check_coordinates(group: dict[str, Any], *, bases: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that says in what coordinates a momentum is kept and is out of its range."""
+    gap, share = group["update_proj_gap"], group["residual"]
+    require(share is None or (_number(share) and share >= 0), group, "residual", "None or a number >= 0")
+    if group["rank"] == 0 and not share:
+        raise ValueError(f"Invalid rank: {group['rank']!r}, which keeps no momentum, needs a residual, such as 1.0")
+    check_rank(group, least=0)
+    require(gap is None or (_whole(gap) and gap >= 1), group, "update_proj_gap", "None or an int >= 1")
+    check_choice(group, "basis", bases)
+    require(isinstance(group["stagger"], bool), group, "stagger", "a bool")
+
+
+def check_fallback(group: dict[str, Any]) -> None:
+    """Raise ValueError for a number of the AdamW that is used beside the matrices and that is out of its range."""
+    _check_adam(group, "fallback_betas", "fallback_eps")
+    if group["fallback_lr"] is not None:
+        check_lr(group["fallback_lr"])
+
+
+def check_momentum(group: dict[str, Any]) -> None:
+    """Raise ValueError for a value that says how momentum is kept and is out of its range."""
+    beta = group["momentum"]
+    require(_number(beta) and 0 <= beta < 1, group, "momentum", "a number in [0, 1)")
+    for key in ("nesterov", "flatten", "cautious"):
+        if key in group:
+            require(isinstance(group[key], bool), group, key, "a bool")
+    if group.get("split") is not None:
+        split = group["split"]
+        sizes = [split] if _whole(split) else split
+        fits = isinstance(sizes, list | tuple) and bool(sizes) and all(_whole(size) and size >= 1 for size in sizes)
+        require(fits, group, "split", "a number of equal blocks of rows, or a sequence of the rows of each")
+
+
+def check_beta2(group: dict[str, Any], key: str) -> None:
+    """Raise ValueError unless the value is None or a decay."""
+    beta = group[key]
+    require(beta is None or (_number(beta) and 0 <= beta < 1), group, key, "None or a number in [0, 1)")
+
+
+def check_cosh(group: dict[str, Any]) -> None:
+    """Raise ValueError for a value of AuON's factor that is out of its range."""
+    # the square of cosh(44) is no float32
+    require(_number(group["gamma"]) and 0 <= group["gamma"] <= 32, group, "gamma", "a number in [0, 32]")
+    require(isinstance(group["normalize"], bool), group, "normalize", "a bool")
+
+
+def check_newton_schulz(
+    group: dict[str, Any], *, methods: tuple[str, ...], dtypes: tuple[str, ...], least_steps: int
+) -> None:
+    """Raise ValueError for a value that says how to orthogonalize and is out of its range; coefficients apart."""
+    steps = group["ns_steps"]
+    require(_whole(steps) and least_steps <= steps < 100, group, "ns_steps", f"an int in [{least_steps}, 100)")
+    require(_number(group["eps"]) and group["eps"] >= 0, group, "eps", "a number >= 0")
+    check_choice(group, "method", methods)
+    check_choice(group, "ns_dtype", dtypes)
+
+
+def check_choice(group: dict[str, Any], key: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of these words."""
+    require(isinstance(group[key], str) and group[key] in allowed, group, key, f"one of {', '.join(allowed)}")
+
+
 def require(holds: bool, group: dict[str, Any], key: str, allowed: str) -> None:
     """Raise ValueError naming the argument, its value and what is allowed."""
     if not holds:
         raise ValueError(f"Invalid {key}: {group[key]!r}, must be {allowed}")
+
+
+def _check_adam(group: dict[str, Any], betas: str, eps: str) -> None:
+    if betas in group:
+        pair = isinstance(group[betas], tuple | list) and len(group[betas]) == 2
+        inside = pair and all(_number(beta) and 0 <= beta < 1 for beta in group[betas])
+        require(inside, group, betas, "two numbers in [0, 1)")
+    if eps in group:
+        require(_number(group[eps]) and group[eps] >= 0, group, eps, "a number >= 0")
 
 
 def _number(x: Any) -> bool:

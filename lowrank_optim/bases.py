@@ -1,16 +1,17 @@
 """Where a gradient is looked at from: frozen dataclasses, whose state is handed in."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim._types import Basis, Factored, NewState, State
+from lowrank_optim._types import Basis, Factored, NewState, Side, State
+from lowrank_optim.columns import DCT, Identity
 
-Side = Literal["left", "right", "both"]
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
@@ -36,15 +37,17 @@ def resolve(rank: int | float, proj_type: str, shape: tuple[int, int]) -> tuple[
     return count, sides[proj_type]
 
 
-def compresses(basis: Basis, shape: tuple[int, int]) -> bool:
-    """Say whether a basis and two moments of coordinates take fewer numbers than AdamW's two moments."""
+def compresses(basis: Basis, shape: tuple[int, int], moments: int = 2) -> bool:
+    """Say whether a basis and so many moments of coordinates take fewer numbers than the moments of the matrix."""
     m, n = shape
-    return basis.numel(shape) + 2 * math.prod(basis.coords_shape(shape)) < 2 * m * n
+    return basis.numel(shape) + moments * math.prod(basis.coords_shape(shape)) < moments * m * n
 
 
 @dataclass(frozen=True)
 class _Orthonormal:
     """Stored orthonormal vectors: `basis` (m, r) for the left, (r, n) for the right; with both, `basis_right` too."""
+
+    guarded: ClassVar[bool] = True
 
     rank: int
     side: Side = "right"
@@ -74,6 +77,24 @@ class _Orthonormal:
         if self.side == "right":
             return Factored(coords, state["basis"])
         return Factored(state["basis"], coords @ state["basis_right"] if self.side == "both" else coords)
+
+    def follow_(
+        self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        old = {name: value.clone() for name, value in state.items() if name.startswith("basis")}
+        kept, new = weights
+        self.refresh_(state, torch.addmm(grad, *self.lift(old, moment), beta=new, alpha=kept))
+        return self.project(state, grad), self.carry(old, state, moment)
+
+    def refresh_(self, state: State, grad: Tensor) -> None:
+        raise NotImplementedError
+
+    def carry(self, old: State, new: State, coords: Tensor) -> Tensor:
+        """Return, in the basis `new`, what of the matrix with coordinates `coords` in the basis `old` lies in it."""
+        if self.side != "left":
+            name = "basis_right" if self.side == "both" else "basis"
+            coords = coords @ (old[name] @ new[name].mT)
+        return (new["basis"].mT @ old["basis"]) @ coords if self.side != "right" else coords
 
     def start_(self, state: State, grad: Tensor) -> None:
         """Randomized range finder (Halko et al., arXiv 0909.4061) from a fixed private seed: one product and one QR."""
@@ -134,3 +155,18 @@ class SubspaceIteration(_Orthonormal):
 
 def _range(matrix: Tensor, vectors: Tensor) -> Tensor:
     return ops.orthonormalize(ops.unit(matrix @ vectors))
+
+
+_BASES: dict[str, Callable[[int, Side, int], Basis]] = {
+    "svd": lambda rank, side, size: SVD(rank, side),
+    "subspace": lambda rank, side, size: SubspaceIteration(rank, side),
+    "dct": DCT,
+    "identity": Identity,
+}
+NAMES = tuple(_BASES)
+
+
+def make(name: str, rank: int | float, proj_type: str, shape: tuple[int, int]) -> Basis:
+    """Return the basis of this name for an m×n matrix; `rank` and `proj_type` as in `resolve`."""
+    count, side = resolve(rank, proj_type, shape)
+    return _BASES[name](count, side, shape[1 if side == "right" else 0])

@@ -33,17 +33,26 @@ def allocator(like: Tensor, owner: str) -> NewState:
             return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
         if tuple(shape) == tuple(like.shape):
             return torch.zeros_like(like, dtype=dtype, requires_grad=False)
-        refuse_projected_shards(like, owner)
+        refuse_shards(like, owner)
 
     return new
 
 
-def refuse_projected_shards(p: Tensor, owner: str) -> NoReturn:
-    """Raise: a basis of a sharded matrix would need communication that is not there."""
+def refuse_shards(p: Tensor, owner: str) -> NoReturn:
+    """Raise: what looks at a sharded matrix as a whole would need communication that is not there."""
     raise RuntimeError(
-        f"{owner}: a DTensor parameter of shape {tuple(p.shape)} cannot be projected: its state would not be "
-        "sharded as it is. Keep it in a group without a rank (AdamW, which works under FSDP2), or shard the "
-        "optimizer with DDP and ZeroRedundancyOptimizer"
+        f"{owner}: a DTensor parameter of shape {tuple(p.shape)} cannot be projected or orthogonalized: that needs the "
+        "whole matrix. Keep it in a group without a rank, or of a role other than 'matrix' (AdamW, which works under "
+        "FSDP2), or shard the optimizer with DDP and ZeroRedundancyOptimizer"
+    )
+
+
+def refuse_coded_shards(p: Tensor, owner: str, state_dtype: str) -> NoReturn:
+    """Raise: the blocks of a quantized moment do not end where a shard ends."""
+    raise RuntimeError(
+        f"{owner}: state_dtype={state_dtype!r} cannot be kept for a DTensor parameter of shape {tuple(p.shape)}: codes "
+        "and scales would not be sharded as it is. Use state_dtype='float32', or shard the optimizer with DDP and "
+        "ZeroRedundancyOptimizer"
     )
 
 
@@ -59,10 +68,10 @@ def refuse_flattened(p: Tensor, owner: str) -> None:
 
 
 def refuse_flattened_group(params: Sequence[Tensor], owner: str) -> None:
-    """Raise for a group that is to be projected and holds nothing but one huge vector, as ZeRO-1 and 2 make it."""
+    """Raise for a group that is to hold matrices and holds nothing but one huge vector, as ZeRO-1 and 2 make it."""
     if len(params) == 1 and params[0].dim() == 1 and params[0].numel() >= _FLATTENED:
         raise RuntimeError(
-            f"{owner}: a group with a rank holds one vector of {params[0].numel()} elements, which looks like a "
-            "flattened model (DeepSpeed ZeRO, FSDP1): the matrices that a rank is for are gone. Use FSDP2 or "
-            "ZeroRedundancyOptimizer, or leave `rank` out of this group"
+            f"{owner}: a group that is to hold matrices holds one vector of {params[0].numel()} elements, which looks "
+            "like a flattened model (DeepSpeed ZeRO, FSDP1): the matrices are gone. Use FSDP2 or "
+            "ZeroRedundancyOptimizer, or leave `rank` out of this group and give it a `role` other than 'matrix'"
         )

@@ -5,20 +5,34 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowrank_optim import reference
+from lowrank_optim import reference, reference_matrix
 from lowrank_optim._types import Factored, Update
 
 Backend = Literal["auto", "torch", "triton"]
 
 _backend: ContextVar[Backend] = ContextVar("lowrank_optim_backend", default="auto")
 
+Halves = reference_matrix.Halves
+Whole = reference_matrix.Whole
+almost_orthogonal = reference_matrix.almost_orthogonal
+gram_newton_schulz = reference_matrix.gram_newton_schulz
+newton_schulz = reference_matrix.newton_schulz
+normalized = reference_matrix.normalized
 orthonormalize = reference.orthonormalize
+quantize_ = reference.quantize_
+dequantize_ = reference.dequantize_
+dither = reference.dither
+pack_ = reference.pack_
+part_size = reference.part_size
+polar = reference_matrix.polar
+unpack = reference.unpack
+rounded_ = reference.rounded_
 unit = reference.unit
 
 
@@ -67,16 +81,38 @@ def adam_directions_(
     ]
 
 
-def apply_(param: Tensor, update: Update, *, lr: float | Tensor, weight_decay: float) -> None:
-    """param ← (1 − lr·wd)·param − lr·update: the only place where a weight is written."""
-    if not isinstance(update, Factored):
-        reference.apply_(param, update.view_as(param), lr=lr, weight_decay=weight_decay)
-    elif param.dim() == 2 or param.is_contiguous():
-        reference.apply_factored_(param.flatten(1), *update, lr=lr, weight_decay=weight_decay)
-    else:
-        # a convolution in channels_last: flatten(1) would be a copy
-        product = (update.left @ update.right).view(param.shape)
-        reference.apply_(param, product, lr=lr, weight_decay=weight_decay)
+def apply_(
+    param: Tensor,
+    update: Update,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    seed: int | None = None,
+    cautious: bool = False,
+) -> None:
+    """param ← (1 − lr·wd)·param − lr·update: the only place where a weight is written.
+
+    With a `seed`, bfloat16 and float16 weights are rounded stochastically. With `cautious`, only those elements decay
+    that the update takes the same way, or leaves alone.
+    """
+    cautious = cautious and weight_decay != 0
+    if isinstance(update, Factored):
+        if not cautious and (param.dim() == 2 or param.is_contiguous()):
+            reference.apply_factored_(param.flatten(1), *update, lr=lr, weight_decay=weight_decay, seed=seed)
+            return
+        # signs are those of the product; and in channels_last, flatten(1) of a convolution would be a copy
+        update = update.left @ update.right
+    elif seed is not None and hasattr(param, "_local_tensor"):
+        # bits are looked at, so each rank rounds its own part
+        param, update = _local(param, param), _local(update, param)
+    update = update.view_as(param)
+    reference.apply_(param, update, lr=lr, weight_decay=weight_decay, seed=seed, cautious=cautious)
+
+
+def _local(x: Any, like: Any) -> Tensor:
+    """Return this rank's part of a DTensor, cut as `like` is."""
+    part: Tensor = x.redistribute(like.device_mesh, like.placements).to_local()
+    return part
 
 
 def _fused_directions_(

@@ -9,14 +9,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import distributed, ops
-from lowrank_optim._checks import check_group
+from lowrank_optim._checks import check_choice, check_group
 from lowrank_optim._types import NewState, Rule, State, Tick, compute_dtype
+from lowrank_optim.storage import STATE_DTYPES
 
 Group = dict[str, Any]
 StateDict = dict[str, Any]
 Loss = TypeVar("Loss")
 
 FORMAT_VERSION = 1
+# added to a seed, so that a weight is not rounded as its moments are
+_WEIGHT = 0x5851F42D
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -48,6 +51,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _check(self, group: Group, known: Group) -> None:
         """Raise ValueError for a value out of range, or a key that looks like a misspelt one of `known`."""
         check_group(group, known)
+        check_choice(group, "state_dtype", STATE_DTYPES)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group and create its state; on an error the optimizer is left as it was."""
@@ -148,7 +152,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         for p, tick, update in zip(params, ticks, rule.updates(grads, states, ticks), strict=True):
             if update is not None:
-                ops.apply_(p, update, lr=lr, weight_decay=group["weight_decay"])
+                seed = tick.seed + _WEIGHT if group.get("stochastic_rounding") else None
+                cautious = group.get("cautious", False)
+                ops.apply_(p, update, lr=lr, weight_decay=group["weight_decay"], seed=seed, cautious=cautious)
                 step = self.state[p]["step"].fill_(tick.step)
                 self._clocks[id(p)] = (step, step._version, tick.step)
 
@@ -164,8 +170,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
             rule = self._rule(group, params[0])
-            # a float32 gradient, a direction, and a float32 weight where the parameter is of lower precision
-            need = 3 * params[0].numel() * compute_dtype(params[0]).itemsize
+            need = rule.need(params[0].shape) * compute_dtype(params[0]).itemsize
             size = max(1, self.chunk_bytes // max(1, need))
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
@@ -193,22 +198,31 @@ class RuleOptimizer(torch.optim.Optimizer):
         if p.is_complex():
             raise RuntimeError(f"{owner} does not support complex parameters; optimize torch.view_as_real of them")
         distributed.refuse_flattened(p, owner)
+        if distributed.is_sharded(p) and group["state_dtype"] != "float32":
+            distributed.refuse_coded_shards(p, owner, group["state_dtype"])
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         state = self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
         if "basis" in state and distributed.is_sharded(p):
-            distributed.refuse_projected_shards(p, owner)
+            distributed.refuse_shards(p, owner)
         return {"step": step} | state
 
     def _follow(self, p: Tensor, group: Group) -> None:
         """Give `p` its state: created if it was frozen until now, moved or cast if the model has been since."""
         state: State = self.state.get(p, {})
-        kept = next((v for name, v in state.items() if name != "step"), None)
-        if kept is None:
+        if not state:
             self.state[p] = self._new_state(p, group)
             return
-        recast = kept.dtype in (torch.float32, torch.float64) and kept.dtype != compute_dtype(p)
-        if recast or kept.device != p.device:
-            self.state[p] = _filled(self._new_state(p, group), {} if kept.is_meta else state)
+        kept = {name: value for name, value in state.items() if name != "step"}
+        moved = any(value.device != p.device for value in kept.values())
+        other = torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
+        recast = False
+        if any(value.dtype == other for value in kept.values()):
+            # not all that is kept need be in the dtype of the mathematics
+            need = self._rule(group, p).init(p.shape, _shapes(p))
+            recast = any(name in need and value.dtype != need[name].dtype for name, value in kept.items())
+        if recast or moved:
+            lost = any(value.is_meta for value in kept.values())
+            self.state[p] = _filled(self._new_state(p, group), {} if lost else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:
         for group in loaded["param_groups"]:
@@ -228,10 +242,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             # a capturable AdamW keeps the same state
             group = {**self.defaults, **group, "capturable": False}
             self._check(group, self.defaults)
-            if "step" not in found:
+            # torch.optim.Muon counts no steps, and momentum needs none
+            if "step" not in found and "momentum_buffer" not in found:
                 raise ValueError(f"the saved state of parameter {pid} has no step: is it another optimizer's?")
             for name, need in self._rule(group, p).init(p.shape, _shapes(p)).items():
                 value = found.get(name)
+                if isinstance(value, Tensor) and _kind(value) != _kind(need):
+                    raise ValueError(
+                        f"the saved state of parameter {pid} has {name} in {value.dtype}, and state_dtype="
+                        f"{group['state_dtype']!r} of the saved group, or our default for it, needs {need.dtype}"
+                    )
                 have = tuple(value.shape) if isinstance(value, Tensor) else None
                 if have != tuple(need.shape):
                     raise ValueError(
@@ -239,6 +259,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)} at rank {group.get('rank')} needs {tuple(need.shape)}: "
                         "is it a checkpoint of this model and this optimizer?"
                     )
+
+
+def _kind(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of codes, and None for numbers, of which any kind is read."""
+    return x.dtype if x.dtype in (torch.int8, torch.uint8) else None
 
 
 def _pairs(saved: list[Group], own: list[Group]) -> Iterator[tuple[Any, Tensor, Group]]:

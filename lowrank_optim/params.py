@@ -1,29 +1,30 @@
-"""Which parameter is a matrix to project, an embedding, a head, a norm or a bias."""
+"""Groups for a whole model: matrices to project or to orthogonalize, and what AdamW keeps."""
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lowrank_optim._checks import Role
 from lowrank_optim._types import matrix_shape
 from lowrank_optim.bases import SVD, compresses, resolve
+from lowrank_optim.roles import HEADS, Patterns, Placed, Targets, is_transposed, place
 
 Rank = int | float
-Targets = str | Callable[[str, nn.Module], bool]
+Split = int | tuple[int, ...]
 
-# names under which models keep the matrix that makes logits; the vaguer ones only at the top of a model
-HEADS = (
-    r"(^|\.)(lm_head|heads?|out_head|embed_out|output_projection|qa_outputs)(\.\w+)?$"
-    r"|^(output|classifier|score)(\.\w+)?$"
+# further keys of the matrix groups: of all classes, of GaLore and LowRankMuon, of the orthogonalizing ones
+_OPTIONS = (
+    *("lr", "betas", "eps", "momentum", "nesterov", "momentum_form", "cautious", "state_dtype", "stochastic_rounding"),
+    *("update_proj_gap", "scale", "proj_type", "basis", "stagger", "residual"),
+    *("method", "ns_coefficients", "ns_steps", "ns_dtype", "adjust_lr_fn", "normuon_beta2", "gamma", "normalize"),
 )
+# and of the other groups
+_FALLBACK_OPTIONS = ("fallback_betas", "fallback_eps")
 
-# the keys of a group that say how to project
-_OPTIONS = ("update_proj_gap", "scale", "proj_type", "basis", "stagger", "state_dtype", "lr", "betas", "eps")
-
-_NORMS = ("norm", "rms")
-_LINEAR = ("Conv1D",)  # transformers' transposed Linear, known by name so that it need not be imported
+_LABELS: dict[Role, str] = {"embedding": "embeddings", "head": "heads", "other": "other", "vector": "vectors"}
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -34,14 +35,17 @@ class ParamGroups(list[dict[str, Any]]):
         return [{**group, "params": [p for _, p in _named(group)]} for group in self]
 
     def describe(self) -> str:
-        """Return a table of the groups, and under each the parameters, alike ones on one line."""
+        """Return a table of the groups, and under each the parameters, alike ones on one line.
+
+        What every optimizer leaves to AdamW is marked so; `SteepestDescent` has a norm for each role instead.
+        """
         lines = []
         for group in self:
             params = _named(group)
             hidden = ("params", "param_names", "name")
             options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in hidden and v is not None)
             count = sum(p.numel() for _, p in params)
-            how = "" if group.get("rank") is not None else " [AdamW]"
+            how = "" if group["role"] == "matrix" else " [AdamW]"
             lines.append(f"{group['name']}{how}: {len(params)} parameters, {count:,} elements ({options})")
             lines += [f"    {line}" for line in _folded(params, group)]
         return "\n".join(lines)
@@ -50,98 +54,151 @@ class ParamGroups(list[dict[str, Any]]):
 def param_groups(
     model: nn.Module,
     *,
-    rank: Rank | Mapping[str, Rank] = 128,
+    rank: Rank | Mapping[str, Rank] | None = None,
     targets: Targets = "all-linear",
-    weight_decay: float = 0.0,
+    roles: Literal["auto"] | Mapping[str, Role] = "auto",
+    split: Mapping[str, int | Sequence[int]] | None = None,
+    stacked: str | None = None,
+    weight_decay: float | None = None,
     heads: str = HEADS,
     other_lr: float | None = None,
     **options: Any,
 ) -> ParamGroups:
     """Sort the parameters of a model into named groups: matrices to project, and what AdamW keeps.
 
-    A parameter is routed by the module that owns it, not by its number of dimensions. Groups, those that are not
-    empty: `matrices` (one for each rank), `embeddings` (with heads tied to them), `heads`, `other` (matrices that
-    were not targeted) and `vectors` (norms and biases, never decayed). A parameter used twice is listed once, and an
-    embedding stays one wherever else it is used; parameters that do not require a gradient are left out.
+    A parameter is routed by the module that owns it, not by its number of dimensions. Every group says its `role`:
+    "matrix" (`matrices`, a group for each rank and split), "embedding" (with heads tied to them), "head", "other"
+    (matrices that were not targeted) and "vector" (norms and biases, never decayed). A parameter used twice is listed
+    once, and an embedding stays one wherever else it is used; parameters that do not require a gradient are left out.
+
+    The keys of `rank`, `roles` and `split` are regular expressions, of which the first that is found decides: in
+    module names for `rank`; in the names of modules and of parameters for `roles`, `split` and `stacked`.
 
     Args:
         model: any module.
-        rank: an int, or a float in (0, 1], a fraction of a matrix's short side; or a mapping from regular expressions,
-            searched for in module names, the first that is found deciding; a target without one is left to AdamW.
-            Default 128.
+        rank: an int, or a float in (0, 1], a fraction of a matrix's short side; or a mapping, in which a target without
+            one is left to AdamW. Default: the optimizer's own.
         targets: "all-linear" (every `nn.Linear` but the heads); a regular expression searched for in module names, or a
             callable of module name and module, both of which may choose any module, embeddings and heads too.
             Default "all-linear".
-        weight_decay: for every group but `vectors`. Default 0.
+        roles: a mapping to roles, which overrides the automatic ones. Parameters of fewer than two dimensions are
+            vectors always, so that a bias stays one beside its matrix. Default "auto".
+        split: a mapping to a number of equal blocks of rows, or to their sizes, for matrices that hold several, as
+            fused query, key and value do (`{"in_proj": 3}`), or heads: the group's `split`. Default: none.
+        stacked: names of parameters of three dimensions or more that are batches of matrices, such as the experts of
+            one layer; they are targets, in a group with `flatten` False. Elsewhere, and in convolutions whatever their
+            name, such a parameter is one matrix, `flatten(1)`. Default: none.
+        weight_decay: for every group but `vectors`, which have 0. Default: the optimizer's.
         heads: regular expression of the names of modules that make logits. A Hugging Face model that knows its head
             is asked instead.
-        other_lr: learning rate of the groups that are not projected. Default: the optimizer's.
-        **options: further keys of the projected groups: `update_proj_gap`, `scale`, `proj_type`, `basis`, `stagger`,
-            `state_dtype`, `lr`, `betas`, `eps`.
+        other_lr: learning rate of the groups that are not matrices. Default: the optimizer's.
+        **options: further keys of the matrix groups, such as `update_proj_gap`, `scale`, `momentum`, `ns_steps`,
+            `state_dtype`, `lr`; `fallback_betas` and `fallback_eps` go to the other groups.
 
     Returns:
         Groups of (name, parameter) pairs; give them to an optimizer, and print `describe()`.
 
     Raises:
-        ValueError: when `targets` or a key of `rank` matches nothing, which is a misspelling, when an option is
-            unknown, or when the model has nothing to train.
+        ValueError: when `targets`, `stacked` or a key of a mapping decides nothing, which is a misspelling, when an
+            option or a role is unknown or impossible, when a split does not fit the rows of its matrix, or when the
+            model has nothing to train.
 
     Example:
         >>> groups = param_groups(nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8)), rank=2, scale=0.5)
         >>> print(groups.describe())
-        matrices: 1 parameters, 64 elements (rank=2, scale=0.5, weight_decay=0.0)
+        matrices: 1 parameters, 64 elements (role=matrix, rank=2, scale=0.5)
             1.weight (8×8)
-        embeddings [AdamW]: 1 parameters, 128 elements (weight_decay=0.0)
+        embeddings [AdamW]: 1 parameters, 128 elements (role=embedding)
             0.weight (16×8)
-        vectors [AdamW]: 1 parameters, 8 elements (weight_decay=0.0)
+        vectors [AdamW]: 1 parameters, 8 elements (role=vector, weight_decay=0.0)
             1.bias (8)
     """
-    for key in options:
-        if key not in _OPTIONS:
-            near = difflib.get_close_matches(key, _OPTIONS, n=1)
-            known = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(_OPTIONS)}"
-            raise ValueError(f"unknown option {key!r}: {known}")
-    embeddings = {id(p) for m in model.modules() if _is_embedding(m) for p in m.parameters(recurse=False)}
-    head_ids = _head_ids(model, heads)
-    chosen = _chooser(targets, head_ids)
-    ranks = rank if isinstance(rank, Mapping) else {"": rank}
-    unmatched = set(ranks)
+    _check_options(options)
+    if isinstance(roles, str):
+        if roles != "auto":
+            raise ValueError(f"Invalid roles: {roles!r}, must be 'auto' or a mapping from names to roles")
+        roles = {}
+    splits = split or {}
+    ranks: Mapping[str, Rank | None] = rank if isinstance(rank, Mapping) else {"": rank}
+    ranked = Patterns("rank", ranks, "target's module")
+    cut = Patterns("split", splits, "matrix's or its module's")
     # by type too: rank 1 and rank 1.0 are one vector and all of them
-    matrices: dict[tuple[type, Rank], list[tuple[str, Tensor]]] = {}
-    rest: dict[str, list[tuple[str, Tensor]]] = {"embeddings": [], "heads": [], "other": [], "vectors": []}
-    any_target = False
-    for name, p, module_name, module in _owned(model):
-        target = p.dim() > 1 and not _is_norm(module) and chosen(module_name, module, id(p) in embeddings)
-        pattern = next((key for key in ranks if re.search(key, module_name)), None) if target else None
-        any_target = any_target or target
+    matrices: dict[tuple[type, Rank | None, Split | None, bool], list[tuple[str, Tensor]]] = {}
+    rest: dict[Role, list[tuple[str, Tensor]]] = {role: [] for role in _LABELS}
+    for placed in place(model, targets=targets, heads=heads, roles=roles, stacked=stacked):
+        use, role = placed.use, placed.role
+        pattern = ranked.first([use.module_name]) if role == "matrix" else None
         if pattern is not None:
-            unmatched.discard(pattern)
-            matrices.setdefault((type(ranks[pattern]), ranks[pattern]), []).append((name, p))
-        elif id(p) in embeddings:
-            rest["embeddings"].append((name, p))
-        elif p.dim() < 2 or _is_norm(module):
-            rest["vectors"].append((name, p))
-        elif id(p) in head_ids:
-            rest["heads"].append((name, p))
+            value = ranks[pattern]
+            key = cut.first(use.names)
+            blocks = None if key is None else _blocks(key, splits[key], placed)
+            matrices.setdefault((type(value), value, blocks, placed.stacked), []).append((use.name, use.p))
         else:
-            rest["other"].append((name, p))
-    if isinstance(targets, str) and targets != "all-linear" and not any_target:
-        raise ValueError(f"targets={targets!r} matches no matrix of the model")
-    if isinstance(rank, Mapping) and unmatched:
-        raise ValueError(f"rank: no target's module name matches {', '.join(sorted(map(repr, unmatched)))}")
+            rest["other" if role == "matrix" else role].append((use.name, use.p))
+    if isinstance(rank, Mapping):
+        ranked.check()
+    cut.check()
+    fallback = {key: options.pop(key) for key in _FALLBACK_OPTIONS if key in options}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = ParamGroups()
-    for (_, value), params in matrices.items():
-        label = "matrices" if len(matrices) == 1 else f"matrices (rank {value})"
-        groups.append({"params": params, "name": label, "rank": value, **options, "weight_decay": weight_decay})
-    for label, params in rest.items():
+    for (_, value, blocks, stack), params in matrices.items():
+        own = {"rank": value, "split": blocks, "flatten": False if stack else None}
+        own = {key: setting for key, setting in own.items() if setting is not None}
+        label = _matrix_label(own) if len(matrices) > 1 else "matrices"
+        groups.append({"params": params, "name": label, "role": "matrix", **own, **options, **decay})
+    if other_lr is not None:
+        fallback["lr"] = other_lr
+    for role, params in rest.items():
         if params:
             # an explicit None, so that a rank given to the optimizer does not reach these
-            decay = 0.0 if label == "vectors" else weight_decay
-            group = {"params": params, "name": label, "rank": None, "weight_decay": decay}
-            groups.append(group if other_lr is None else {**group, "lr": other_lr})
+            own = {"rank": None, **({"weight_decay": 0.0} if role == "vector" else decay)}
+            groups.append({"params": params, "name": _LABELS[role], "role": role, **own, **fallback})
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
     return groups
+
+
+def _check_options(options: Iterable[str]) -> None:
+    known = (*_OPTIONS, *_FALLBACK_OPTIONS)
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            raise ValueError(f"unknown option {key!r}: {hint}")
+
+
+def _blocks(key: str, value: int | Sequence[int], placed: Placed) -> Split:
+    """Return how the rows of a matrix are cut, checked."""
+    name, module, p = placed.use.name, placed.use.module, placed.use.p
+    rows = p.shape[-2 if placed.stacked else 0]
+    if is_transposed(module):
+        raise ValueError(
+            f"Invalid split[{key!r}] for {name}: {value!r}, must not name a {type(module).__name__}: its matrix is "
+            "kept transposed, so that what it fuses are blocks of columns"
+        )
+    blocks: Split
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        blocks = tuple(value)
+        fits = all(_count(size) for size in blocks) and sum(blocks) == rows
+    else:
+        blocks = value
+        fits = _count(value) and rows % value == 0
+    if not fits:
+        raise ValueError(
+            f"Invalid split[{key!r}] for {name}: {value!r}, must be a number that divides its {rows} rows, "
+            f"or sizes that add up to {rows}"
+        )
+    return blocks
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _matrix_label(own: Mapping[str, Any]) -> str:
+    parts = [f"{key} {own[key]}" for key in ("rank", "split") if key in own]
+    parts += ["stacked"] if "flatten" in own else []
+    return f"matrices ({', '.join(parts)})" if parts else "matrices"
 
 
 def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -151,57 +208,12 @@ def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return list(group["params"])
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str, nn.Module]]:
-    """Yield each trainable parameter once: its name, itself, its module's name and its module."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        # torch.compile puts a wrapper around the model, which must not defeat anchored patterns
-        module_name = module_name.removeprefix("_orig_mod").removeprefix(".")
-        for key, p in module.named_parameters(recurse=False):
-            if p.requires_grad and id(p) not in seen:
-                seen.add(id(p))
-                yield (f"{module_name}.{key}" if module_name else key), p, module_name, module
-
-
-def _chooser(targets: Targets, head_ids: set[int]) -> Callable[[str, nn.Module, bool], bool]:
-    def all_linear(_: str, module: nn.Module, embedding: bool) -> bool:
-        linear = isinstance(module, nn.Linear) or type(module).__name__ in _LINEAR
-        return linear and not embedding and id(getattr(module, "weight", None)) not in head_ids
-
-    if callable(targets):
-        function = targets
-        return lambda name, module, _: bool(function(name, module))
-    if targets == "all-linear":
-        return all_linear
-    pattern = re.compile(targets)
-    return lambda name, _module, _embedding: pattern.search(name) is not None
-
-
-def _head_ids(model: nn.Module, heads: str) -> set[int]:
-    output = getattr(model, "get_output_embeddings", None)
-    if callable(output) and (module := output()) is not None:
-        found = [module]
-    else:
-        pattern = re.compile(heads)
-        found = [m for name, m in model.named_modules() if pattern.search(name)]
-    return {id(p) for m in found for p in m.parameters(recurse=False)}
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    named = any(word in type(module).__name__.lower() for word in _NORMS)
-    return named and not isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-
-
 def _folded(params: list[tuple[str, Tensor]], group: dict[str, Any]) -> list[str]:
     """Fold names that differ only in their numbers: `layers.{0..3}.attn.q.weight (64×64)`."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, p in params:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        key = (pattern, "×".join(map(str, p.shape)), _left_to_adamw(p, group))
+        key = (pattern, "×".join(map(str, p.shape)), _note(p, group))
         alike.setdefault(key, []).append(name)
     lines = []
     for (pattern, shape, note), names in alike.items():
@@ -210,11 +222,13 @@ def _folded(params: list[tuple[str, Tensor]], group: dict[str, Any]) -> list[str
     return lines
 
 
-def _left_to_adamw(p: Tensor, group: dict[str, Any]) -> str:
-    """Return a note for a parameter that is in a projected group and will not be projected."""
+def _note(p: Tensor, group: dict[str, Any]) -> str:
+    """Return a note for a matrix that no optimizer projects at this rank: whole, its state is not larger."""
     rank = group.get("rank")
-    if rank is None or (rank == 1 and isinstance(rank, float)):
+    # a rank of blocks or of stacked matrices is one of theirs, and short of the short side it depends on the optimizer
+    if rank is None or "split" in group or not group.get("flatten", True) or (rank == 1 and isinstance(rank, float)):
         return ""
     shape = matrix_shape(p.shape)
     basis = SVD(*resolve(rank, group.get("proj_type", "std"), shape))
-    return "" if p.dim() > 1 and compresses(basis, shape) else f" [AdamW: rank {rank} does not make it smaller]"
+    small = basis.rank < min(shape) or compresses(basis, shape)
+    return "" if small else f" [not projected: rank {rank} does not make it smaller]"

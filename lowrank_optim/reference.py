@@ -3,11 +3,17 @@
 A trailing underscore marks what is written in place. Scalars are Python numbers, so nothing here waits for a device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 # rows of a low-precision weight are updated in blocks of this many float32 elements
 _BLOCK = 1 << 20
+# odd constants that mix well: the golden ratio's, and one of Wellons' lowbias32
+_MIX = (0x9E3779B1, 0x7FEB352D)
+# counters are made in rows of this length, from one sum of a column and a row
+_ROW = 256
 
 
 def adam_direction_(
@@ -21,9 +27,23 @@ def adam_direction_(
     return direction.reciprocal_().mul_(exp_avg).mul_(1 / (1 - beta1**step))
 
 
-def apply_(param: Tensor, update: Tensor, *, lr: float | Tensor, weight_decay: float) -> None:
-    """param ← (1 − lr·wd)·param − lr·update, rounded once; `update` is scratch afterwards."""
+def apply_(
+    param: Tensor,
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    seed: int | None = None,
+    cautious: bool = False,
+) -> None:
+    """param ← (1 − lr·wd)·param − lr·update, rounded once; `update` is scratch afterwards.
+
+    With a `seed`, a weight of lower precision than the update is rounded stochastically. With `cautious`, wd is 0 where
+    update and weight differ in sign.
+    """
     decay = 1 - lr * weight_decay
+    if cautious:
+        decay = (update * param >= 0).to(update.dtype).mul_(-lr * weight_decay).add_(1)
     if param.dtype == update.dtype:
         _decay_(param, decay)
         if isinstance(lr, Tensor):
@@ -36,14 +56,22 @@ def apply_(param: Tensor, update: Tensor, *, lr: float | Tensor, weight_decay: f
             update.add_(param.to(update.dtype).mul_(decay))
         else:
             update.add_(param, alpha=decay)
-        param.copy_(update)
+        param.copy_(update if seed is None else rounded_(update, param.dtype, [seed]))
 
 
-def apply_factored_(param: Tensor, left: Tensor, right: Tensor, *, lr: float | Tensor, weight_decay: float) -> None:
+def apply_factored_(
+    param: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    seed: int | None = None,
+) -> None:
     """param ← (1 − lr·wd)·param − lr·(left @ right) without forming the product.
 
     `param` (m, n) may be in a lower precision than the factors; then it is updated in blocks of rows, each rounded
-    once, so that the float32 temporary stays small whatever m is.
+    once (stochastically with a `seed`), so that the float32 temporary stays small whatever m is.
     """
     decay, alpha = 1 - lr * weight_decay, -1.0
     if isinstance(lr, Tensor):
@@ -60,8 +88,9 @@ def apply_factored_(param: Tensor, left: Tensor, right: Tensor, *, lr: float | T
         param.addmm_(left, right, beta=beta, alpha=alpha)
         return
     rows = max(1, _BLOCK // max(1, param.size(1)))
-    for block, part in zip(torch.split(param, rows), torch.split(left, rows), strict=True):
-        block.copy_(block.to(left.dtype).mul_(decay).addmm_(part, right, alpha=alpha))
+    for i, (block, part) in enumerate(zip(torch.split(param, rows), torch.split(left, rows), strict=True)):
+        value = block.to(left.dtype).mul_(decay).addmm_(part, right, alpha=alpha)
+        block.copy_(value if seed is None else rounded_(value, param.dtype, [seed + i * rows * param.size(1)]))
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -80,6 +109,149 @@ def unit(x: Tensor) -> Tensor:
     return torch.div(x, torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=tiny))
 
 
+def part_size(device: torch.device) -> int:
+    """Return how many elements of a large tensor to work on at once: temporaries stay small, on a CPU in its cache."""
+    return min(torch.get_num_threads(), 4) << 18 if device.type == "cpu" else 1 << 21
+
+
+def noise(numel: int, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Return (len(seeds), numel) int32 that look random in bits 0 to 22: counters that start at the seeds, hashed.
+
+    No generator is kept or read, every device gives the same bits, and a tensor may be taken in parts: element i of
+    `seed` is element 0 of `seed + i`.
+    """
+    first, second = _MIX
+    rows = torch.arange(-(-numel // _ROW), dtype=torch.int32, device=device).mul_(_wrapped(_ROW * first))
+    starts = [rows + _wrapped(seed * first) for seed in seeds]
+    counts = torch.stack(starts) if len(starts) > 1 else starts[0].unsqueeze(0)
+    bits = counts.unsqueeze(-1) + torch.arange(_ROW, dtype=torch.int32, device=device).mul_(_wrapped(first))
+    return bits.bitwise_xor_(bits >> 15).mul_(_wrapped(second)).flatten(1)[:, :numel]
+
+
+def rounded_(x: Tensor, dtype: torch.dtype, seeds: Sequence[int]) -> Tensor:
+    """Round float32 `x` up or down to a neighbour in bfloat16 or float16, so that the mean is `x`; may work in place.
+
+    What `dtype` holds exactly, infinities and NaN stay as they are, and so does all of `x` for another `dtype`. Each
+    `x[i]` is rounded by `seeds[i]`, or all of it by the only one.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return x
+    x = x.contiguous()
+    size = part_size(x.device)
+    flat = x.view(len(seeds), -1)
+    for start in range(0, flat.size(1), size):
+        part = flat[:, start : start + size]
+        (_round_bfloat16_ if dtype == torch.bfloat16 else _round_float16_)(part, [seed + start for seed in seeds])
+    return x
+
+
+def quantize_(codes: Tensor, scale: Tensor, x: Tensor, *, dither: Tensor | None, levels: int, root: int) -> None:
+    """codes ← levels·(|x| / scale)^(1/root), rounded, with the sign of x; scale ← max |x|; `x` is scratch afterwards.
+
+    Without a dither codes are signed (int8, root 2), those whose numbers are nearest to x. With it they are unsigned
+    (uint8, for x ≥ 0) and rounded stochastically, and what is not zero does not become zero. Where there is a NaN or
+    Inf among the numbers that share a scale, they all read back as NaN and Inf.
+
+    Args:
+        codes: (..., size).
+        scale: (...), float32.
+        x: (..., size), float32.
+        dither: (..., size), numbers in [0, 1), scratch afterwards; see `dither`.
+        levels: the largest code.
+        root: 2 or 4. Small magnitudes get finer steps: Adam divides each by its own root mean square.
+    """
+    y = x.abs() if dither is None else x
+    torch.amax(y, dim=-1, out=scale)
+    # no division by zero, and none by numbers that a device may take for zero
+    largest = scale.clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    if dither is None:
+        # the middle of k² and (k + 1)² is (k + 1/2)² + 1/4
+        quarter = torch.full((), -0.25, device=x.device)
+        torch.add(quarter, y.div_(largest), alpha=levels**2, out=y)
+        y.clamp_(min=0).sqrt_().add_(0.5)
+        sign = x.view(torch.int32).bitwise_and_(-1 << 31)
+        y.view(torch.int32).bitwise_or_(sign)
+        # towards zero
+        codes.copy_(y)
+        return
+    # reciprocal roots are the fast ones, and take zero to infinity and back
+    if root == 2:
+        torch.div(largest, y, out=y).rsqrt_()
+    else:
+        y.div_(largest).rsqrt_().rsqrt_()
+    torch.add(dither, y, alpha=levels, out=dither)
+    torch.maximum(dither, y.sign_(), out=y)
+    # by way of int16: on a CPU that is faster than straight to uint8
+    codes.copy_(y.to(torch.int16))
+
+
+def dither(numel: int, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Return (len(seeds), numel) float32 of `noise`, uniform in [0, 1) in steps of 2⁻¹³.
+
+    They keep 2⁻¹⁴ away from both ends: codes that are read and kept again stay, whatever the last bits of a float are.
+    """
+    bits = noise(numel, seeds, device).bitwise_and_(0x7FFC00).bitwise_or_(0x3F800200)
+    return bits.view(torch.float32).sub_(1)
+
+
+def dequantize_(out: Tensor, codes: Tensor, scale: Tensor, *, root: int, levels: int) -> None:
+    """out ← scale·(codes / levels)^root, with the sign of the codes; shapes as in `quantize_`."""
+    if codes.dtype == torch.int8:
+        # magnitudes of at most 127, whose squares int16 holds
+        squares = codes.to(torch.int16)
+        out.copy_(squares.mul_(squares.abs())).mul_(1 / levels**2)
+    else:
+        out.copy_(codes).mul_(1 / levels)
+        for _ in range(root // 2):
+            out.mul_(out)
+    out.mul_(scale.unsqueeze(-1))
+
+
+def pack_(packed: Tensor, codes: Tensor) -> None:
+    """Put each two 4-bit codes of (..., n) into one byte, the even one into the low half; an odd last one is alone."""
+    if not codes.numel():
+        # nothing has no strides that two codes could share
+        return
+    if codes.size(-1) % 2:
+        codes = torch.cat([codes, torch.zeros_like(codes[..., :1])], dim=-1)
+    pairs = codes.view(torch.int16) & 0x0F0F
+    packed.view(torch.uint8).copy_(pairs.bitwise_or_(pairs >> 4).bitwise_and_(0xFF))
+
+
+def unpack(packed: Tensor, numel: int) -> Tensor:
+    """Return the `numel` codes of each row that `pack_` has packed, signed ones if `packed` is int8."""
+    pairs = packed.view(torch.uint8).to(torch.int16)
+    codes = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(packed.dtype)[..., :numel]
+    # -8 to 7 in two's complement of 4 bits
+    return codes.bitwise_xor_(8).sub_(8) if packed.dtype == torch.int8 else codes
+
+
 def _decay_(param: Tensor, decay: float | Tensor) -> None:
     if isinstance(decay, Tensor) or decay != 1:
         param.mul_(decay)
+
+
+def _wrapped(x: int) -> int:
+    """Return the int32 that is `x` modulo 2³²."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _round_bfloat16_(x: Tensor, seeds: Sequence[int]) -> None:
+    bits, low = x.view(torch.int32), _droppable(x, 0xFFFF)
+    bits.add_(noise(x.size(1), seeds, x.device).bitwise_and_(low)).bitwise_and_(low.bitwise_not_())
+
+
+def _round_float16_(x: Tensor, seeds: Sequence[int]) -> None:
+    # below the smallest normal number, float16 has the spacing of the next binade: there, add it and take it off again
+    tiny = torch.finfo(torch.float16).tiny
+    shift = torch.where(x.abs() < tiny, tiny, 0.0).copysign_(x)
+    x.add_(shift)
+    bits, low = x.view(torch.int32), _droppable(x, 0x1FFF)
+    bits.add_(noise(x.size(1), seeds, x.device).bitwise_and_(low)).bitwise_and_(low.bitwise_not_())
+    x.sub_(shift)
+
+
+def _droppable(x: Tensor, mask: int) -> Tensor:
+    """Return the low bits of float32 that a shorter format lacks, and none for NaN and Inf."""
+    exponent = 0x7F800000
+    return (x.view(torch.int32) & exponent).sub_(exponent).bitwise_right_shift_(31).bitwise_and_(mask)

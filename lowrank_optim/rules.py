@@ -3,13 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import ops
-from lowrank_optim._types import Basis, Factored, NewState, Rule, State, Storage, Tick, Update, matrix_shape
+from lowrank_optim._types import Basis, NewState, Portable, Rule, State, Storage, Tick, Update, dense, matrix_shape
 from lowrank_optim._warn import warn_once
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+# added to a seed, so that the second moment is not rounded as the first one is
+_APART = 0x2545F491
+_CHANGED = (
+    "the rank or the side of a projected group has changed since its state was made; "
+    "make a new optimizer, or keep them as they were"
+)
 
 
 @dataclass(frozen=True)
@@ -27,19 +36,50 @@ class Adam:
 
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
         """Advance the moments and return the directions."""
-        exp_avgs = [self.storage.read(s, "exp_avg") for s in states]
-        exp_avg_sqs = [self.storage.read(s, "exp_avg_sq") for s in states]
-        steps = [tick.step for tick in ticks]
-        directions = ops.adam_directions_(grads, exp_avgs, exp_avg_sqs, betas=self.betas, eps=self.eps, steps=steps)
-        for state, exp_avg, exp_avg_sq in zip(states, exp_avgs, exp_avg_sqs, strict=True):
-            self.storage.write_(state, "exp_avg", exp_avg)
-            self.storage.write_(state, "exp_avg_sq", exp_avg_sq)
-        return list(directions)
+        steps, seeds = [tick.step for tick in ticks], [tick.seed for tick in ticks]
+        numel, room = grads[0].numel(), ops.part_size(grads[0].device)
+        if self.storage.in_place:
+            return list(self._advance(grads, states, steps, seeds))
+        found: list[Update | None] = []
+        if numel > room:
+            for one in zip(grads, states, steps, seeds, strict=True):
+                found.append(self._advance_in_parts(*one))
+            return found
+        # so many at a time that the moments, which are there as numbers only now, take little memory
+        size = room // max(1, numel)
+        for i in range(0, len(grads), size):
+            some = slice(i, i + size)
+            found += self._advance(grads[some], states[some], steps[some], seeds[some])
+        return found
+
+    def need(self, shape: Sequence[int]) -> int:
+        """Count a gradient, a direction and a weight."""
+        return 3 * math.prod(shape)
+
+    def _advance(self, grads: list[Tensor], states: list[State], steps: list[int], seeds: list[int]) -> list[Tensor]:
+        like = grads[0]
+        exp_avgs = self.storage.read(states, "exp_avg", like.shape, like.dtype)
+        exp_avg_sqs = self.storage.read(states, "exp_avg_sq", like.shape, like.dtype)
+        moments = list(exp_avgs), list(exp_avg_sqs)
+        directions = ops.adam_directions_(grads, *moments, betas=self.betas, eps=self.eps, steps=steps)
+        self.storage.write_(states, "exp_avg", exp_avgs, seeds)
+        self.storage.write_(states, "exp_avg_sq", exp_avg_sqs, [seed + _APART for seed in seeds])
+        return directions
+
+    def _advance_in_parts(self, grad: Tensor, state: State, step: int, seed: int) -> Tensor:
+        flat = grad.reshape(-1)
+        direction = torch.empty_like(flat)
+        for start, stop, views in self.storage.parts(state, _ADAM, flat.numel()):
+            direction[start:stop] = self._advance([flat[start:stop]], [views], [step], [seed + start])[0]
+        return direction.view(grad.shape)
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Any rule, run on the coordinates of the gradient in a low-rank basis; the moments stay when the basis moves.
+    """Any rule, run on the coordinates of the gradient in a low-rank basis.
+
+    When the basis moves, the moments stay as they are (GaLore); with `carry`, a momentum is carried into the new basis,
+    and the new basis is found from the momentum as it will be with this gradient, instead of from the gradient.
 
     The basis is refreshed every `gap` steps. With `stagger` each matrix has its own turn within the period, and the
     first step takes the basis's cheap `start_`, so that no step pays for many decompositions; without it all matrices
@@ -56,6 +96,7 @@ class Projected:
     gap: int = 200
     scale: float = 1.0
     stagger: bool = True
+    carry: bool = False
 
     def init(self, shape: Sequence[int], new: NewState) -> State:
         """Allocate the basis and the inner rule's state on coordinates."""
@@ -66,25 +107,28 @@ class Projected:
         """Refresh where it is due, project, run the inner rule, and return the lifted updates as factors."""
         grads = [g.flatten(1) for g in grads]
         found: list[Update | None] = [None] * len(grads)
-        skipped = self._refresh_(grads, states, ticks)
+        # coordinates that came with a move of the basis
+        known: dict[int, Tensor] = {}
+        skipped = self._refresh_(grads, states, ticks, known)
         live = [i for i in range(len(grads)) if i not in skipped]
         if live:
-            coords = [self._project(states[i], grads[i]) for i in live]
+            coords = [known[i] if i in known else self._project(states[i], grads[i]) for i in live]
             inner = self.inner.updates(coords, [states[i] for i in live], [ticks[i] for i in live])
             for i, update in zip(live, inner, strict=True):
                 if update is not None:
-                    dense = update.left @ update.right if isinstance(update, Factored) else update
                     # the inner rule hands over what it returns, so it may be scaled in place
-                    found[i] = self.basis.lift(states[i], dense.mul_(self.scale))
+                    found[i] = self.basis.lift(states[i], dense(update).mul_(self.scale))
         return found
+
+    def need(self, shape: Sequence[int]) -> int:
+        """Count a gradient, and a weight and a direction or what the inner rule needs, whichever is more."""
+        matrix = matrix_shape(shape)
+        return math.prod(matrix) + max(2 * math.prod(matrix), self.inner.need(self.basis.coords_shape(matrix)))
 
     def _project(self, state: State, grad: Tensor) -> Tensor:
         coords = self.basis.project(state, grad)
         if coords.shape != self.basis.coords_shape(matrix_shape(grad.shape)):
-            raise RuntimeError(
-                "the rank or the side of a projected group has changed since its state was made; "
-                "make a new optimizer, or keep them as they were"
-            )
+            raise RuntimeError(_CHANGED)
         return coords
 
     def due(self, tick: Tick) -> bool:
@@ -92,16 +136,13 @@ class Projected:
         done = tick.step - 1
         return done == 0 or (done - int(tick.turn * self.gap if self.stagger else 0)) % self.gap == 0
 
-    def _refresh_(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> set[int]:
+    def _refresh_(
+        self, grads: list[Tensor], states: list[State], ticks: list[Tick], known: dict[int, Tensor]
+    ) -> set[int]:
         """Refresh the matrices whose turn it is; return those that must sit this step out."""
         due = [i for i, tick in enumerate(ticks) if self.due(tick)]
-        if not due:
-            return set()
-        # the only place on the step path where the host waits for the device
-        sizes = torch.stack([torch.linalg.vector_norm(grads[i]) for i in due]).tolist()
         skipped = set()
-        for i, size in zip(due, sizes, strict=True):
-            first = ticks[i].step == 1
+        for i, size in zip(due, self._sizes([grads[i] for i in due]), strict=True):
             if not math.isfinite(size):
                 warn_once(
                     "a gradient held NaN, Inf or numbers whose squares are infinite when its basis was to be "
@@ -109,16 +150,42 @@ class Projected:
                 )
                 skipped.add(i)
             elif size > 0:
-                self._set_basis_(states[i], grads[i], first=first)
-            elif first:
+                coords = self._set_basis_(states[i], grads[i], ticks[i])
+                if coords is not None:
+                    known[i] = coords
+            elif ticks[i].step == 1:
                 skipped.add(i)
         return skipped
 
-    def _set_basis_(self, state: State, grad: Tensor, *, first: bool) -> None:
+    def _sizes(self, grads: list[Tensor]) -> list[float]:
+        if not self.basis.guarded:
+            # as good as any
+            return [1.0] * len(grads)
+        if not grads:
+            return []
+        # the only place on the step path where the host waits for the device
+        sizes: list[float] = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).tolist()
+        return sizes
+
+    def _set_basis_(self, state: State, grad: Tensor, tick: Tick) -> Tensor | None:
+        first = tick.step == 1
+        kept = sum(value.numel() for name, value in state.items() if name.startswith("basis"))
+        if kept != self.basis.numel(matrix_shape(grad.shape)):
+            raise RuntimeError(_CHANGED)
         try:
             if first:
                 self.basis.start_(state, grad)
             if not (first and self.stagger):
+                if self.carry:
+                    return self._follow_(state, grad, tick)
                 self.basis.refresh_(state, grad)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn_once(f"a basis could not be refreshed ({error}): the old one serves until the next turn (said once)")
+        return None
+
+    def _follow_(self, state: State, grad: Tensor, tick: Tick) -> Tensor:
+        inner = cast("Portable", self.inner)
+        moment = inner.moment(state, self.basis.coords_shape(matrix_shape(grad.shape)), grad.dtype)
+        coords, moved = self.basis.follow_(state, grad, moment, inner.weights)
+        inner.keep_(state, moved, tick)
+        return coords

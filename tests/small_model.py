@@ -1,25 +1,97 @@
-"""A model of a few hundred weights, and the ways in which GaLoreAdamW trains it."""
+"""A model of a few hundred weights, and every way of using every optimizer of this package to train it."""
 
 import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion
+from lowrank_optim.optimizer import RuleOptimizer
 
-PROJECTED = [
-    {"rank": 2, "update_proj_gap": 3, "scale": 1.0, "basis": "svd"},
-    {"rank": 2, "update_proj_gap": 2, "scale": 1.0, "basis": "subspace"},
+
+@dataclass(frozen=True)
+class Way:
+    """An optimizer with the options that make it take one path through the package; called, it makes one.
+
+    Args:
+        name: which tests show.
+        kind: the class.
+        options: what it is given beside parameters.
+    """
+
+    name: str
+    kind: type[RuleOptimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, params: Iterable[Any], **options: Any) -> RuleOptimizer:
+        params = list(params)
+        if self.kind is GaLoreAdamW and not self.options and not isinstance(params[0], dict):
+            # a rank is not an option for AdamW's groups, so those parameters come in a dict
+            params = [{"params": params}]
+        return self.kind(params, **(self.options | options))
+
+    def rates(self, lr: float | Tensor) -> dict[str, Any]:
+        """Return the options that make this the learning rate of every group."""
+        return {"lr": lr} if self.kind is GaLoreAdamW else {"lr": lr, "fallback_lr": lr}
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a refresh of a basis waits for a gradient that is finite and not zero."""
+        return self.options.get("basis") in ("svd", "subspace")
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is kept is what was computed, so that tiny differences stay tiny."""
+        return self.options.get("state_dtype", "float32") == "float32" and self.options.get("ns_dtype") != "bfloat16"
+
+
+# small gaps, so that the few steps of a test cross refreshes
+_GALORE = {"rank": 2, "scale": 1.0}
+# no decay, as for the others; a gradient of float32 all through, so that a test may compare
+_MUON: dict[str, Any] = {"weight_decay": 0.0, "ns_dtype": "float32"}
+
+ALL = [
+    Way("adamw", GaLoreAdamW),
+    Way("svd", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "svd"}),
+    Way("subspace", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace"}),
+    Way("galore-int8", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "state_dtype": "int8"}),
+    Way("galore-int4", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "svd", "state_dtype": "int4"}),
+    Way("muon", Muon, {"weight_decay": 0.0, "ns_dtype": "bfloat16"}),
+    Way(
+        "normuon",
+        Muon,
+        _MUON | {"normuon_beta2": 0.9, "momentum_form": "sum", "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+    ),
+    Way("muon-nuclear", Muon, _MUON | {"adjust_lr_fn": "nuclear", "cautious": True, "method": "eigh"}),
+    Way("muon-bfloat16", Muon, _MUON | {"state_dtype": "bfloat16"}),
+    Way("muon-int8", Muon, _MUON | {"state_dtype": "int8"}),
+    Way("muon-int4", Muon, _MUON | {"state_dtype": "int4", "fallback_lr": 3e-3}),
+    Way("lowrank-dct", LowRankMuon, _MUON | {"rank": 2}),
+    Way("lowrank-svd", LowRankMuon, _MUON | {"rank": 2, "basis": "svd", "update_proj_gap": 3}),
+    Way("lowrank-int8", LowRankMuon, _MUON | {"rank": 0.5, "basis": "identity", "state_dtype": "int8"}),
+    Way(
+        "residual",
+        LowRankMuon,
+        _MUON | {"rank": 2, "basis": "subspace", "update_proj_gap": 2, "residual": 0.5, "state_dtype": "int4"},
+    ),
+    Way("stateless", LowRankMuon, _MUON | {"rank": 0, "residual": 1.0}),
+    Way("trion", Trion, {"rank": 2, "ns_dtype": "float32"}),
+    Way("dion2", Trion, {"rank": 0.5, "basis": "identity", "ns_dtype": "float32", "state_dtype": "int8"}),
+    Way("auon", AuON),
+    Way("hybrid-auon", AuON, {"ns_steps": 1, "ns_dtype": "float32", "state_dtype": "bfloat16"}),
+    Way("steepest", SteepestDescent, {"ns_dtype": "float32"}),
+    Way("steepest-int4", SteepestDescent, {"ns_dtype": "float32", "state_dtype": "int4"}),
 ]
-# a rank is not an option for AdamW's groups, so those parameters come in a dict
-WAYS = [pytest.param({}, id="adamw"), *(pytest.param(way, id=way["basis"]) for way in PROJECTED)]
-
-
-def make(params: Any, way: dict[str, Any], **options: Any) -> GaLoreAdamW:
-    params = list(params)
-    return GaLoreAdamW(params if way or isinstance(params[0], dict) else [{"params": params}], **(way | options))
+WAYS = [pytest.param(way, id=way.name) for way in ALL]
+NAMED = {way.name: way for way in ALL}
+# where what is kept between steps makes no difference
+PATHS = [pytest.param(way, id=way.name) for way in ALL if way.name == "muon-int4" or "state_dtype" not in way.options]
+# one for each class, where the path within a class makes no difference
+CLASSES = [pytest.param(NAMED[name], id=name) for name in ("svd", "muon", "lowrank-dct", "trion", "auon", "steepest")]
 
 
 def mlp() -> nn.Sequential:

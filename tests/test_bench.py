@@ -1,6 +1,5 @@
 """The benchmark's instruments against known cases, and one small run of the whole."""
 
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -12,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import bench, bench_measure
+from experiments import bench, bench_costs, bench_measure
+from experiments.bench_entries import ENTRIES
 from experiments.bench_workloads import (
-    ENTRIES,
     WORKLOADS,
     Entry,
     Workload,
@@ -108,8 +107,9 @@ def test_a_missing_peer_is_listed_with_its_reason() -> None:
         importlib.import_module("a_peer_that_nobody_has")
         raise AssertionError("unreachable")
 
-    entries = {"adamw_fused": ENTRIES["adamw_fused"], "peer": Entry(build)}
-    racers, absent = bench_measure.line_up(entries, TINY, 4, "cpu", gradient_sets(TINY, "cpu")[0])
+    entries = {"adamw_fused": ENTRIES["adamw_fused"], "peer": Entry(build, bench_costs.adamw)}
+    gradients = bench_measure.Gradients(gradient_sets(TINY, "cpu"))
+    racers, absent = bench_measure.line_up(entries, TINY, 4, "cpu", gradients)
     assert list(racers) == ["adamw_fused"]
     assert "a_peer_that_nobody_has" in absent["peer"]
 
@@ -127,7 +127,9 @@ def test_state_inside_objects_is_counted_and_views_tell_what_they_hold() -> None
     p.grad = torch.ones_like(p)
     optimizer.step()
     optimizer.state[p]["projector"] = _Projector()
-    assert state_sizes(optimizer) == (4 * (30 + 20), 4 * (30 + 100))
+    # a container is seen once
+    optimizer.state[p]["nested"] = {"scale": torch.zeros(5)}
+    assert state_sizes(optimizer) == (4 * (30 + 20 + 5), 4 * (30 + 100 + 5))
 
 
 @pytest.mark.peers
@@ -176,8 +178,7 @@ def test_least_work_by_hand() -> None:
     assert ours.step_flops == 2 * (2 * 6 * 4 * 2)
     assert ours.state_bytes == (2 * 6 * 2 + 4 * 2) * 4
     assert ours.extra_bytes == 6 * 2 * 4
-    peer = dataclasses.replace(ENTRIES["galore_svd"], float32_state=False)
-    assert least_work(peer, work).state_bytes * 2 == ours.state_bytes
+    assert least_work(ENTRIES["galore_torch"], work).state_bytes * 2 == ours.state_bytes
 
 
 @pytest.mark.parametrize(

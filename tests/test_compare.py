@@ -238,7 +238,7 @@ def small(folder: Path, arms: dict[str, dict[str, object]], **more: object) -> P
     text.write_text("\n\n".join(WORDS * 4 + str(i) for i in range(20)))
     tree = {"common": SMALL | {"data.path": str(text), "data.val_fraction": 0.2}, "arms": arms, "seeds": [1], **more}
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

@@ -1,4 +1,4 @@
-"""GaLoreAdamW under torch's own OptimizerInfo machinery: what upstream asks of each of its optimizers."""
+"""Every optimizer under torch's own OptimizerInfo machinery: what upstream asks of each of its optimizers."""
 
 import copy
 import io
@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim.optimizer import RuleOptimizer
+from tests.small_model import NAMED, Way
 
 try:
     from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -42,20 +43,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Info(OptimizerInfo):
-    """One way of using GaLoreAdamW: options that every input shares, and whether parameters come in dict groups."""
+    """One way of using one of our optimizers, and what each of its inputs adds to that."""
 
-    def __init__(self, label: str, *inputs: dict[str, Any], grouped: bool = False, **shared: Any) -> None:
-        self.label = label
-        self.grouped = grouped
-        self.shared = shared
+    def __init__(self, way: Way, *inputs: dict[str, Any]) -> None:
+        self.way = way
 
         def sample(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
             # copied, because schedulers write into a tensor lr
-            kwargs = [copy.deepcopy(shared | one) for one in inputs]
+            kwargs = [copy.deepcopy(one) for one in inputs]
             return [OptimizerInput(params=None, kwargs=one, desc=str(one)) for one in kwargs]
 
         super().__init__(
-            GaLoreAdamW,
+            way.kind,
             optim_inputs_func=sample,
             optim_error_inputs_func=get_error_inputs_for_all_optims,
             supported_impls=(),
@@ -65,30 +64,38 @@ class Info(OptimizerInfo):
 
     @property
     def name(self) -> str:
-        return self.label
+        return self.way.name.replace("-", "_")
 
-    def make(self, model: nn.Module, kwargs: dict[str, Any], *, named: bool = False) -> GaLoreAdamW:
+    def make(self, model: nn.Module, kwargs: dict[str, Any], *, named: bool = False) -> RuleOptimizer:
         params = list(model.named_parameters()) if named else list(model.parameters())
-        if not self.grouped:
-            return GaLoreAdamW(params, **kwargs)
-        return GaLoreAdamW([{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.0}], **kwargs)
+        if self.way.name != "adamw":
+            return self.way(params, **kwargs)
+        return self.way([{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.0}], **kwargs)
 
 
 COMMON = ({"lr": 0.02}, {"lr": torch.tensor(0.02)}, {"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.02, "maximize": True})
-# small gaps, so that the few steps of a test cross refreshes
-INFOS = [
-    Info("unprojected", *COMMON, grouped=True),
-    Info("svd", *COMMON, {"lr": 0.02, "proj_type": "full", "stagger": False}, rank=2, update_proj_gap=3, scale=1.0),
-    Info(
-        "subspace",
-        *COMMON,
-        {"lr": 0.02, "proj_type": "reverse_std"},
-        basis="subspace",
-        rank=2,
-        update_proj_gap=2,
-        scale=1.0,
-    ),
+GALORE = [
+    Info(NAMED["adamw"], *COMMON),
+    Info(NAMED["svd"], *COMMON, {"lr": 0.02, "proj_type": "full", "stagger": False}),
+    Info(NAMED["subspace"], *COMMON, {"lr": 0.02, "proj_type": "reverse_std"}),
 ]
+# what they share with those is asked of them in fewer runs
+BRIEF = ({"lr": 0.02, "weight_decay": 0.1}, {"lr": torch.tensor(0.02), "maximize": True})
+OTHERS = [
+    Info(NAMED["galore-int4"], *BRIEF),
+    Info(NAMED["muon"], *BRIEF),
+    Info(NAMED["muon-int8"], *BRIEF),
+    Info(NAMED["lowrank-dct"], *BRIEF),
+    Info(NAMED["lowrank-svd"], *BRIEF),
+    Info(NAMED["residual"], *BRIEF),
+    Info(NAMED["stateless"], *BRIEF),
+    Info(NAMED["trion"], *BRIEF),
+    Info(NAMED["dion2"], *BRIEF),
+    Info(NAMED["auon"], *BRIEF),
+    Info(NAMED["hybrid-auon"], *BRIEF),
+    Info(NAMED["steepest"], *BRIEF),
+]
+INFOS = GALORE + OTHERS
 
 
 class Net(nn.Module):
@@ -139,60 +146,35 @@ class TestConformance(TestCase):
             raises = self.assertWarnsRegex if issubclass(case.error_type, Warning) else self.assertRaisesRegex
             assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
             with raises(case.error_type, case.error_regex):
-                GaLoreAdamW(given.params, **(optim_info.shared | given.kwargs))
+                optim_info.way.kind(given.params, **(optim_info.way.options | given.kwargs))
 
     @parametrize("use_closure", [True, False])
     @parametrize("scheduler", list(SCHEDULERS))
-    @optims(INFOS, dtypes=DTYPES)
+    @optims(GALORE, dtypes=DTYPES)
     def test_goes_in_the_right_direction(
         self, device: str, dtype: torch.dtype, optim_info: Info, use_closure: bool, scheduler: str
     ) -> None:
-        for given in optim_info.optim_inputs_func(device):
-            problem = Problem(device, dtype)
-            opt = optim_info.make(problem.model, given.kwargs)
-            make = SCHEDULERS[scheduler]
-            sched = make(opt) if make else None
-            first = problem.loss().item()
-            for _ in range(10):
-                if use_closure:
-                    loss = opt.step(problem.loss)
-                else:
-                    loss = problem.loss()
-                    assert opt.step() is None
-                assert isinstance(loss, Tensor)
-                if isinstance(sched, ReduceLROnPlateau):
-                    sched.step(loss.item())
-                elif sched:
-                    sched.step()
-            last = problem.loss().item()
-            assert (last > first) if given.kwargs.get("maximize") else (last < first), given.desc
+        _assert_right_direction(device, dtype, optim_info, use_closure, scheduler)
+
+    @parametrize("use_closure", [True, False])
+    @optims(OTHERS, dtypes=DTYPES)
+    def test_others_go_in_the_right_direction(
+        self, device: str, dtype: torch.dtype, optim_info: Info, use_closure: bool
+    ) -> None:
+        _assert_right_direction(device, dtype, optim_info, use_closure, "StepLR" if use_closure else "none")
 
     @parametrize("named", [True, False])
     @parametrize("steps", [1, 3, 4])
-    @optims(INFOS, dtypes=DTYPES)
+    @optims(GALORE, dtypes=DTYPES)
     def test_resume_is_bitwise(
         self, device: str, dtype: torch.dtype, optim_info: Info, named: bool, steps: int
     ) -> None:
-        for given in optim_info.optim_inputs_func(device):
-            one = Problem(device, dtype)
-            opt = optim_info.make(one.model, given.kwargs, named=named)
-            for _ in range(steps):
-                opt.step(one.loss)
-            file = io.BytesIO()
-            torch.save({"model": one.model.state_dict(), "opt": opt.state_dict()}, file)
-            file.seek(0)
-            saved = torch.load(file, weights_only=True)
-            two = Problem(device, dtype)
-            two.model.load_state_dict(saved["model"])
-            # the checkpoint names the parameters or not; it loads either way
-            again = optim_info.make(two.model, copy.deepcopy(given.kwargs), named=not named)
-            again.load_state_dict(saved["opt"])
-            _assert_same_state(opt, again)
-            for _ in range(4):
-                opt.step(one.loss)
-                again.step(two.loss)
-            assert _same(one.weights(), two.weights())
-            _assert_same_state(opt, again)
+        _assert_resumes(device, dtype, optim_info, named, steps)
+
+    @optims(OTHERS, dtypes=DTYPES)
+    def test_resume_of_others_is_bitwise(self, device: str, dtype: torch.dtype, optim_info: Info) -> None:
+        # `tests/test_resume.py` cuts them at every step
+        _assert_resumes(device, dtype, optim_info, named=True, steps=3)
 
     @optims(INFOS, dtypes=DTYPES)
     def test_copies_evolve_independently(self, device: str, dtype: torch.dtype, optim_info: Info) -> None:
@@ -202,24 +184,27 @@ class TestConformance(TestCase):
             for _ in range(3):
                 opt.step(problem.loss)
             together = {"problem": problem, "opt": opt}
-            for twin in (copy.deepcopy(together), pickle.loads(pickle.dumps(together))):
+            twins = [copy.deepcopy(together), pickle.loads(pickle.dumps(together))]
+            before = problem.weights()
+            for twin in twins:
                 public = {key for key in vars(opt) if not key.startswith("_")}
                 assert public == {key for key in vars(twin["opt"]) if not key.startswith("_")}
                 _assert_same_state(opt, twin["opt"])
-                before = problem.weights()
-                for _ in range(4):
+                for _ in range(3):
                     twin["opt"].step(twin["problem"].loss)
+                # the original has stayed where it was
                 assert _same(before, problem.weights())
-                own = copy.deepcopy(together)
-                for _ in range(4):
-                    own["opt"].step(own["problem"].loss)
-                assert _same(own["problem"].weights(), twin["problem"].weights())
-                assert not _same(before, twin["problem"].weights())
+            for _ in range(3):
+                opt.step(problem.loss)
+            assert not _same(before, problem.weights())
+            for twin in twins:
+                assert _same(problem.weights(), twin["problem"].weights())
+                _assert_same_state(opt, twin["opt"])
 
     @optims(INFOS)
     def test_hooks_run_in_the_order_of_torch(self, device: str, dtype: torch.dtype, optim_info: Info) -> None:
         problem = Problem(device, dtype)
-        opt = optim_info.make(problem.model, dict(optim_info.shared))
+        opt = optim_info.make(problem.model, {})
         seen: list[str] = []
         hooks = [
             opt.register_step_post_hook(lambda *_: seen.append("own post")),
@@ -265,16 +250,61 @@ class TestConformance(TestCase):
     def test_zero_gradients_at_lr_zero_change_nothing(self, device: str, dtype: torch.dtype, optim_info: Info) -> None:
         # what torch.distributed.checkpoint does to an optimizer that has no state yet
         problem, fresh = Problem(device, dtype), Problem(device, dtype)
-        opt = optim_info.make(problem.model, optim_info.shared | {"weight_decay": 0.1})
+        opt = optim_info.make(problem.model, {"weight_decay": 0.1})
         opt.state.clear()
         before = problem.weights()
         saved = get_optimizer_state_dict(problem.model, opt)
         assert _same(before, problem.weights())
-        new = get_optimizer_state_dict(fresh.model, optim_info.make(fresh.model, dict(optim_info.shared)))
+        new = get_optimizer_state_dict(fresh.model, optim_info.make(fresh.model, {}))
         assert _shapes(saved) == _shapes(new)
         for values in saved["state"].values():
             for name, value in values.items():
                 assert value.isfinite().all(), name
+
+
+def _assert_right_direction(device: str, dtype: torch.dtype, info: Info, use_closure: bool, scheduler: str) -> None:
+    for given in info.optim_inputs_func(device):
+        problem = Problem(device, dtype)
+        opt = info.make(problem.model, given.kwargs)
+        make = SCHEDULERS[scheduler]
+        sched = make(opt) if make else None
+        first = problem.loss().item()
+        for _ in range(10):
+            if use_closure:
+                loss = opt.step(problem.loss)
+            else:
+                loss = problem.loss()
+                assert opt.step() is None
+            assert isinstance(loss, Tensor)
+            if isinstance(sched, ReduceLROnPlateau):
+                sched.step(loss.item())
+            elif sched:
+                sched.step()
+        last = problem.loss().item()
+        assert (last > first) if given.kwargs.get("maximize") else (last < first), given.desc
+
+
+def _assert_resumes(device: str, dtype: torch.dtype, info: Info, named: bool, steps: int) -> None:
+    for given in info.optim_inputs_func(device):
+        one = Problem(device, dtype)
+        opt = info.make(one.model, given.kwargs, named=named)
+        for _ in range(steps):
+            opt.step(one.loss)
+        file = io.BytesIO()
+        torch.save({"model": one.model.state_dict(), "opt": opt.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        two = Problem(device, dtype)
+        two.model.load_state_dict(saved["model"])
+        # the checkpoint names the parameters or not; it loads either way
+        again = info.make(two.model, copy.deepcopy(given.kwargs), named=not named)
+        again.load_state_dict(saved["opt"])
+        _assert_same_state(opt, again)
+        for _ in range(4):
+            opt.step(one.loss)
+            again.step(two.loss)
+        assert _same(one.weights(), two.weights())
+        _assert_same_state(opt, again)
 
 
 def _same(one: list[Tensor], two: list[Tensor]) -> bool:
@@ -282,7 +312,7 @@ def _same(one: list[Tensor], two: list[Tensor]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def _assert_same_state(one: GaLoreAdamW, two: GaLoreAdamW) -> None:
+def _assert_same_state(one: RuleOptimizer, two: RuleOptimizer) -> None:
     """Bits, keys and dtypes; nothing but tensors."""
     first, second = one.state_dict()["state"], two.state_dict()["state"]
     assert first.keys() == second.keys()

@@ -6,63 +6,165 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
-from lowrank_optim import GaLoreAdamW
-from tests.small_model import PROJECTED, WAYS, backward, make, mlp, same, train
+from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion
+from lowrank_optim.optimizer import RuleOptimizer
+from tests.small_model import CLASSES, NAMED, WAYS, Way, backward, mlp, same, train
 
 # one way is AdamW alone, which the optimizer remarks on
 pytestmark = pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
 
 
-OVERRIDES = {
-    "lr": 0.05,
-    "betas": [0.5, 0.9],
-    "eps": 1e-3,
-    "weight_decay": 0.3,
-    "rank": 3,
-    "update_proj_gap": 2,
-    "scale": 0.5,
-    "proj_type": "reverse_std",
-    "basis": "svd",
-    "maximize": True,
+# how each class is made, and another value for each of its numbers, which one group is given
+BASE: dict[type[RuleOptimizer], dict[str, Any]] = {
+    GaLoreAdamW: {"rank": 2, "update_proj_gap": 3, "scale": 1.0, "basis": "subspace", "stagger": False},
+    # γ from the momentum, so that its size shows
+    Muon: {"adjust_lr_fn": "nuclear"},
+    # little momentum, so that another basis wins soon
+    LowRankMuon: {"rank": 2, "update_proj_gap": 4, "momentum": 0.2},
+    Trion: {"rank": 2},
+    AuON: {"ns_steps": 3, "fallback_lr": None},
+    SteepestDescent: {},
+}
+_MATRICES = {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5, "state_dtype": "int4", "maximize": True}
+_ITERATION = {"eps": 10.0, "ns_coefficients": "you", "ns_steps": 2, "method": "eigh", "ns_dtype": "float32"}
+_FALLBACK = {"fallback_betas": [0.5, 0.9], "fallback_eps": 1e-1}
+OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
+    GaLoreAdamW: {
+        "lr": 0.05,
+        "betas": [0.5, 0.9],
+        "eps": 1e-3,
+        "weight_decay": 0.3,
+        "rank": 3,
+        "update_proj_gap": 2,
+        "scale": 0.5,
+        "proj_type": "reverse_std",
+        "basis": "svd",
+        "stagger": True,
+        "state_dtype": "int4",
+        "maximize": True,
+    },
+    Muon: {
+        **_MATRICES,
+        **_ITERATION,
+        **_FALLBACK,
+        "nesterov": False,
+        "adjust_lr_fn": "match_rms_adamw",
+        "momentum_form": "sum",
+        "normuon_beta2": 0.5,
+        "cautious": True,
+        "split": 2,
+        "flatten": False,
+    },
+    LowRankMuon: {
+        **_MATRICES,
+        **_ITERATION,
+        **_FALLBACK,
+        "nesterov": False,
+        "adjust_lr_fn": "match_rms_adamw",
+        "ns_dtype": "bfloat16",
+        "ns_coefficients": [[3.0, -3.2, 1.2], [1.875, -1.25, 0.375]],
+        "rank": 3,
+        "basis": "identity",
+        "update_proj_gap": 2,
+        "residual": 0.5,
+        "stagger": False,
+    },
+    Trion: {
+        **_MATRICES,
+        **_ITERATION,
+        **_FALLBACK,
+        "adjust_lr_fn": "match_rms_adamw",
+        "rank": 3,
+        "basis": "identity",
+    },
+    AuON: {
+        **_MATRICES,
+        **{key: value for key, value in _ITERATION.items() if key != "eps"},
+        **_FALLBACK,
+        "nesterov": False,
+        "adjust_lr_fn": "match_rms_adamw",
+        "gamma": 9.0,
+        "normalize": False,
+    },
+    SteepestDescent: {**_MATRICES, **_ITERATION, "nesterov": False, "ns_coefficients": "jordan", "norm": "column"},
 }
 
 
-@pytest.mark.parametrize("key", OVERRIDES)
-def test_every_number_can_be_given_to_one_group(key: str) -> None:
-    base = {"lr": 0.01, "rank": 2, "update_proj_gap": 3, "scale": 1.0, "basis": "subspace", "stagger": False}
-    models = [mlp() for _ in range(3)]
-    grouped, plain, changed = models
-    groups = [{"params": grouped[0].parameters()}, {"params": grouped[2].parameters(), key: OVERRIDES[key]}]
-    train(grouped, GaLoreAdamW(groups, **base), 1)
-    train(plain, GaLoreAdamW(plain.parameters(), **base), 1)
-    train(changed, GaLoreAdamW(changed.parameters(), **(base | {key: OVERRIDES[key]})), 1)
-    assert same(list(grouped[0].parameters()), list(plain[0].parameters()))
-    assert same(list(grouped[2].parameters()), list(changed[2].parameters()))
-    if key not in ("update_proj_gap", "basis"):
-        assert not same(list(grouped[2].parameters()), list(plain[2].parameters()))
+@pytest.mark.parametrize("kind", OVERRIDES)
+def test_the_overrides_are_all_there_are(kind: type[RuleOptimizer]) -> None:
+    # `fallback_lr` fills the `lr` of groups, `stochastic_rounding` needs weights of a low precision
+    elsewhere = {"format_version", "role", "fallback_lr", "stochastic_rounding"}
+    # what a published form fixes
+    elsewhere |= {AuON: {"eps"}, SteepestDescent: {"adjust_lr_fn"}}.get(kind, set())
+    assert set(kind([nn.Parameter(torch.zeros(2, 2))]).defaults) - elsewhere == set(OVERRIDES[kind])
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in OVERRIDES.items() for key in keys])
+def test_every_number_can_be_given_to_one_group(kind: type[RuleOptimizer], key: str) -> None:
+    """A group that names it goes as an optimizer that was made with it, and the others as if nothing had been said."""
+    base, override = {"lr": 0.02, **BASE[kind]}, {key: OVERRIDES[kind][key]}
+    shapes = [(12, 8), (8, 3, 2), (6,)]
+
+    def trained(groups: Callable[[list[nn.Parameter]], list[dict[str, Any]]], **options: Any) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes * 2]
+        opt = kind(groups(params), **(base | options))
+        for _ in range(6):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.step()
+        return params
+
+    halves = trained(lambda params: [{"params": params[:3]}, {"params": params[3:], **override}])
+    plain = trained(lambda params: [{"params": params[:3]}, {"params": params[3:]}])
+    changed = trained(lambda params: [{"params": params[:3]}, {"params": params[3:]}], **override)
+    assert same(halves[:3], plain[:3])
+    assert same(halves[3:], changed[3:])
+    assert not same(halves[3:], plain[3:])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_group_can_be_added_in_the_middle_of_training(way: dict[str, Any]) -> None:
+def test_a_group_can_be_added_in_the_middle_of_training(way: Way) -> None:
     model = mlp()
-    opt = make(model[0].parameters(), way)
+    opt = way(model[0].parameters())
     train(model, opt, 3)
     before = copy.deepcopy(model[2].weight)
     opt.add_param_group({"params": model[2].parameters(), "lr": 0.1})
     train(model, opt, 3)
     assert opt.state[model[2].weight]["step"] == 3
     assert not same(before, model[2].weight)
-    assert opt.param_groups[1]["eps"] == opt.param_groups[0]["eps"]
+    assert opt.param_groups[-1]["lr"] == 0.1
+    for key, value in opt.param_groups[0].items():
+        if key not in ("params", "lr"):
+            assert opt.param_groups[-1][key] == value
+
+
+@pytest.mark.parametrize("way", CLASSES[1:])
+def test_what_is_no_matrix_may_have_a_rate_of_its_own(way: Way) -> None:
+    """For bare parameters and groups that say a role; a rate that a group names wins, and schedulers drive them all."""
+    model = mlp()
+    opt = way(model.parameters(), lr=0.02, fallback_lr=0.01)
+    assert [group["lr"] for group in opt.param_groups] == [0.02, 0.01]
+    scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.step()
+    scheduler.step()
+    assert [group["lr"] for group in opt.param_groups] == [0.01, 0.005]
+    named = [{"params": model[0].parameters(), "role": "other"}, {"params": model[2].parameters(), "role": "head"}]
+    opt = way([named[0], named[1] | {"lr": 0.3}], lr=0.02, fallback_lr=0.01)
+    assert [group["lr"] for group in opt.param_groups] == [0.01, 0.3]
+    opt = way([{"params": mlp().parameters()}, named[0]], lr=0.02, fallback_lr=None)
+    assert [group["lr"] for group in opt.param_groups] == [0.02, 0.02, 0.02]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_keys_of_other_tools_are_tolerated(way: dict[str, Any]) -> None:
+def test_keys_of_other_tools_are_tolerated(way: Way) -> None:
     foreign = {"fused": True, "foreach": False, "name": "all", "capturable": False, "lr_mult": 2, "layer_id": 3}
     models = [mlp(), mlp()]
     for model, extra in zip(models, ({}, foreign), strict=True):
-        train(model, make([{"params": model.parameters(), **extra}], way), 4)
+        train(model, way([{"params": model.parameters(), **extra}]), 4)
     assert same(list(models[0].parameters()), list(models[1].parameters()))
 
 
@@ -89,17 +191,34 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("way", WAYS)
-def test_schedulers_drive_it_as_they_drive_torch(way: dict[str, Any], name: str) -> None:
+# all of them for GaLore, and for every class those that do something of their own to groups, rates or momenta
+SCHEDULED = [(way, name) for way in ("adamw", "svd", "subspace") for name in SCHEDULERS]
+SCHEDULED += [
+    (way, name)
+    for way in ("muon-nuclear", "lowrank-dct", "trion", "auon", "steepest")
+    for name in ("LambdaLR", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau", "SequentialLR")
+]
+
+
+@pytest.mark.parametrize(("way", "name"), SCHEDULED)
+def test_schedulers_drive_it_as_they_drive_torch(way: str, name: str) -> None:
     """With a number and with a tensor; groups without a rank follow torch.optim.AdamW all along."""
+    make = NAMED[way]
     tensor_lr = torch.tensor(0.05)
-    models = [mlp() for _ in range(3)]
+    models = [mlp() for _ in range(4)]
     opts: list[torch.optim.Optimizer] = [
-        make(models[0].parameters(), way, lr=0.05),
-        make(models[1].parameters(), way, lr=tensor_lr),
-        torch.optim.AdamW(models[2].parameters(), lr=0.05, weight_decay=0),
+        make(models[0].parameters(), lr=0.05),
+        make(models[1].parameters(), lr=tensor_lr),
     ]
+    for ours, model in zip(list(opts), models[2:], strict=True):
+        like = dict(zip(models[0].parameters(), model.parameters(), strict=True))
+        like |= dict(zip(models[1].parameters(), model.parameters(), strict=True))
+        # groups share a tensor where ours do, and so do what torch's schedulers make of that
+        rates = copy.deepcopy([group["lr"] for group in ours.param_groups])
+        groups = [
+            {"params": [like[p] for p in g["params"]], "lr": lr} for g, lr in zip(ours.param_groups, rates, strict=True)
+        ]
+        opts.append(torch.optim.AdamW(groups, lr=0.05, weight_decay=0))
     schedulers = [SCHEDULERS[name](opt) for opt in opts]
     for seed in range(7):
         for model, opt, scheduler in zip(models, opts, schedulers, strict=True):
@@ -108,38 +227,48 @@ def test_schedulers_drive_it_as_they_drive_torch(way: dict[str, Any], name: str)
             opt.step()
             # a loss that does not fall
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-        rates = [float(opt.param_groups[0]["lr"]) for opt in opts]
-        assert rates == pytest.approx([rates[2]] * 3, rel=1e-5)
+        rates = [[float(group["lr"]) for group in opt.param_groups] for opt in opts]
+        assert rates[0] == pytest.approx(rates[2], rel=1e-5)
+        assert rates[1] == pytest.approx(rates[3], rel=1e-5)
     assert opts[1].param_groups[0]["lr"] is tensor_lr
-    for p, q, r in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
-        if not way:
+    # orthogonalization makes the most of the last bit of what is nearly zero
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if make.kind is GaLoreAdamW else {"rtol": 1e-4, "atol": 1e-4}
+    for p, q, r, _ in zip(*(model.parameters() for model in models), strict=True):
+        if rates[0] == pytest.approx(rates[1], rel=1e-5):
+            torch.testing.assert_close(q, p, **tolerance)
+        if way == "adamw":
             torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_names_survive_and_do_not_decide_what_is_loaded(way: dict[str, Any]) -> None:
+def test_names_survive_and_do_not_decide_what_is_loaded(way: Way) -> None:
     model = mlp()
-    opt = make([{"params": list(model.named_parameters())}], way)
-    assert opt.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    opt = way([{"params": list(model.named_parameters())}])
+    of = {p: name for name, p in model.named_parameters()}
+    assert [group["param_names"] for group in opt.param_groups] == [
+        [of[p] for p in g["params"]] for g in opt.param_groups
+    ]
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(of)
     train(model, opt, 3)
-    assert opt.state_dict()["param_groups"][0]["param_names"] == opt.param_groups[0]["param_names"]
-    plain = make([{"params": list(mlp().parameters())}], way)
+    for saved, group in zip(opt.state_dict()["param_groups"], opt.param_groups, strict=True):
+        assert saved["param_names"] == group["param_names"]
+    plain = way([{"params": list(mlp().parameters())}])
     plain.load_state_dict(opt.state_dict())
     assert same(plain.state_dict()["state"], opt.state_dict()["state"])
-    named = make([{"params": [(f"other.{name}", p) for name, p in mlp().named_parameters()]}], way)
+    named = way([{"params": [(f"other.{name}", p) for name, p in mlp().named_parameters()]}])
     unnamed = plain.state_dict()
-    del unnamed["param_groups"][0]["param_names"]
+    for group in unnamed["param_groups"]:
+        del group["param_names"]
     named.load_state_dict(unnamed)
     assert same(named.state_dict()["state"], opt.state_dict()["state"])
     assert named.param_groups[0]["param_names"][0] == "other.0.weight"
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_saving_and_loading_disturb_nobody(way: dict[str, Any]) -> None:
+def test_saving_and_loading_disturb_nobody(way: Way) -> None:
     quiet, saved, loaded = mlp(), mlp(), mlp()
-    train(quiet, make(quiet.parameters(), way), 6)
-    opt, other = make(saved.parameters(), way), make(loaded.parameters(), way)
+    train(quiet, way(quiet.parameters()), 6)
+    opt, other = way(saved.parameters()), way(loaded.parameters())
     for seed in range(6):
         opt.zero_grad()
         backward(saved, seed)
@@ -154,10 +283,12 @@ def test_saving_and_loading_disturb_nobody(way: dict[str, Any]) -> None:
     assert same(list(quiet.parameters()), list(saved.parameters()))
 
 
-def test_state_dict_hooks_see_and_change_what_torch_lets_them() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_state_dict_hooks_see_and_change_what_torch_lets_them(way: Way) -> None:
     model = mlp()
-    opt = make(model.parameters(), PROJECTED[0])
+    opt = way(model.parameters())
     train(model, opt, 2)
+    dtypes = {key: value.dtype for key, value in opt.state[model[0].weight].items()}
     seen: list[str] = []
     opt.register_state_dict_pre_hook(lambda _: seen.append("save pre"))
     opt.register_state_dict_post_hook(lambda _, state_dict: seen.append("save post") or state_dict | {"note": 1})
@@ -171,7 +302,7 @@ def test_state_dict_hooks_see_and_change_what_torch_lets_them() -> None:
 
     def look(loaded: torch.optim.Optimizer) -> None:
         seen.append("load post")
-        assert loaded.state[model[0].weight]["exp_avg"].dtype == torch.float32
+        assert {key: value.dtype for key, value in loaded.state[model[0].weight].items()} == dtypes
 
     model.bfloat16()
     opt.register_load_state_dict_pre_hook(prepare)
@@ -181,14 +312,17 @@ def test_state_dict_hooks_see_and_change_what_torch_lets_them() -> None:
     assert opt.param_groups[0]["lr"] == 0.5
 
 
-def test_repr_and_profiler_label() -> None:
+@pytest.mark.parametrize("way", CLASSES)
+def test_repr_and_profiler_label(way: Way) -> None:
     model = mlp()
-    opt = make(model.parameters(), PROJECTED[0])
-    assert repr(opt).startswith("GaLoreAdamW (\nParameter Group 0")
-    assert "update_proj_gap: 3" in repr(opt)
+    opt = way(model.parameters())
+    name = way.kind.__name__
+    assert repr(opt).startswith(f"{name} (\nParameter Group 0")
+    for key, value in way.options.items():
+        assert f"{key}: {value}" in repr(opt)
     backward(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()
         opt.zero_grad()
     labels = {event.name for event in profile.events()}
-    assert {"Optimizer.step#GaLoreAdamW.step", "Optimizer.zero_grad#GaLoreAdamW.zero_grad"} <= labels
+    assert {f"Optimizer.step#{name}.step", f"Optimizer.zero_grad#{name}.zero_grad"} <= labels

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 NOUNS = {"_types", "_warn"}
 PARTS = NOUNS | {"ops"}
-CORE = PARTS | {"_checks", "reference", "storage", "bases", "rules", "distributed", "optimizer"}
+MATHS = {"reference", "coefficients", "orthogonal", "columns", "bases", "steering"}
+CORE = PARTS | MATHS | {"_checks", "storage", "rules", "momentum", "distributed", "optimizer"}
+# what the public optimizers of matrices share
+MATRICES = CORE | {"matrices"}
 
 # a room and the rooms it may import; a new file is entered here, after everything that it uses
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,18 +24,34 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_warn": set(),
     "_checks": set(),
     "reference": set(),
+    "reference_matrix": set(),
     # and kernels, inside functions
-    "ops": {"_types", "reference"},
+    "ops": {"_types", "reference", "reference_matrix"},
     # parts use none of each other: they meet in the public files
     "storage": PARTS,
-    "bases": PARTS,
+    "columns": PARTS,
+    "bases": PARTS | {"columns"},
     "rules": PARTS,
+    "steering": PARTS,
+    "momentum": PARTS | {"steering"},
+    "coefficients": {"_types"},
+    "orthogonal": PARTS | {"coefficients"},
     "distributed": {"_types"},
     "optimizer": {"_types", "_checks", "ops", "storage", "distributed"},
     "galore": CORE,
-    "params": CORE,
+    "matrices": CORE,
+    "muon": MATRICES,
+    "lowrank_muon": MATRICES,
+    "trion": MATRICES,
+    "auon": MATRICES,
+    "steepest": MATRICES,
+    "roles": CORE,
+    "params": CORE | {"roles"},
     "memory": CORE,
-    "__init__": {"galore", "memory", "ops", "params"},
+    "__init__": {
+        *("galore", "muon", "lowrank_muon", "trion", "auon", "steepest"),
+        *("orthogonal", "coefficients", "memory", "ops", "params"),
+    },
 }
 
 PACKAGE = sorted((ROOT / "lowrank_optim").glob("*.py"))
@@ -118,6 +137,8 @@ def test_public_names_have_docstrings() -> None:
     import lowrank_optim
 
     assert public_names() >= {"GaLoreAdamW", "param_groups", "state_bytes", "adamw_state_bytes", "MemoryMeter"}
+    assert public_names() >= {"Muon", "LowRankMuon", "Trion", "AuON", "SteepestDescent"}
+    assert public_names() >= {"orthogonalize", "polar_express_coefficients"}
     for name in public_names():
         assert getattr(lowrank_optim, name).__doc__, name
 

@@ -1,6 +1,8 @@
 """Resume is bit-exact at every step, through files that a process without this package can read."""
 
 import copy
+import inspect
+import io
 import pickle
 import subprocess
 import sys
@@ -9,7 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import GaLoreAdamW, param_groups
+from tests.small_model import ALL, CLASSES, WAYS
+
+# one way is AdamW alone, which the optimizer remarks on
+pytestmark = pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
 
 GAP = 6
 
@@ -69,30 +75,76 @@ def test_resume_is_bit_exact(tmp_path, cut, options, dtype):
             assert torch.equal(a[name], b[name])
 
 
+def of(way, net, **options):
+    """The groups of a whole model: matrices, an embedding, a head by its name, vectors."""
+    return way(param_groups(net), **options)
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [*((way, torch.bfloat16) for way in ALL), *((way.values[0], torch.float32) for way in CLASSES)],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_every_way_resumes_bit_exactly_wherever_it_is_cut(way, dtype):
+    """Before the first step and after each until refreshes have come round twice; low precision rounded by chance."""
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    if dtype == torch.bfloat16 and "stochastic_rounding" in inspect.signature(way.kind).parameters:
+        options["stochastic_rounding"] = True
+    end = 2 * way.options.get("update_proj_gap", 1) + 3
+    straight = model(dtype)
+    straight_opt = of(way, straight, **options)
+    files = []
+    for cut in range(end):
+        files.append(io.BytesIO())
+        torch.save({"model": straight.state_dict(), "opt": straight_opt.state_dict()}, files[-1])
+        train(straight, straight_opt, cut, cut + 1)
+    for cut, file in enumerate(files):
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        other = model(dtype)
+        other_opt = of(way, other, **options)
+        other.load_state_dict(saved["model"])
+        other_opt.load_state_dict(saved["opt"])
+        train(other, other_opt, cut, end)
+        assert same_run((straight, straight_opt), (other, other_opt)), cut
+
+
+def same_run(one, two):
+    weights = zip(one[0].parameters(), two[0].parameters(), strict=True)
+    kept = zip(states(one[1]), states(two[1]), strict=True)
+    return all(torch.equal(a, b) for a, b in weights) and all(
+        a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a) for a, b in kept
+    )
+
+
 def test_a_process_without_this_package_reads_the_state(tmp_path):
-    net = model(torch.bfloat16)
-    opt = optimizer(net)
-    train(net, opt, 0, 3)
-    torch.save(opt.state_dict(), tmp_path / "ck.pt")
-    script = f"""
-import sys, torch
-state = torch.load({str(tmp_path / "ck.pt")!r}, weights_only=True)
+    nets = {way.name: model(torch.bfloat16) for way in ALL}
+    opts = {way.name: of(way, nets[way.name]) for way in ALL}
+    for name, net in nets.items():
+        train(net, opts[name], 0, 3)
+        torch.save(opts[name].state_dict(), tmp_path / f"{name}.pt")
+    script = """
+import sys, pathlib, torch
+for file in sorted(pathlib.Path().glob("*.pt")):
+    state = torch.load(file, weights_only=True)
+    kinds = sorted({(k, str(v.dtype)) for s in state["state"].values() for k, v in s.items()})
+    torch.save(state, file.with_suffix(".again"))
+    print(file.stem, kinds)
 assert not any(name.startswith("lowrank_optim") for name in sys.modules)
-kinds = sorted({{(k, str(v.dtype)) for s in state["state"].values() for k, v in s.items()}})
-torch.save(state, {str(tmp_path / "again.pt")!r})
-print(kinds)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    names = [("basis", "exp_avg", "exp_avg_sq", "step")[i] for i in range(4)]
-    assert done.stdout.strip() == str([(name, "torch.float32") for name in names])
-    # and what it wrote resumes here, bit for bit
-    other = copy.deepcopy(net)
-    other_opt = optimizer(other)
-    other_opt.load_state_dict(torch.load(tmp_path / "again.pt", weights_only=True))
-    train(net, opt, 3, 9)
-    train(other, other_opt, 3, 9)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    kinds = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert kinds["svd"] == str([(name, "torch.float32") for name in ("basis", "exp_avg", "exp_avg_sq", "step")])
+    for way in ALL:
+        # and what it wrote resumes here, bit for bit
+        net, opt = nets[way.name], opts[way.name]
+        other = copy.deepcopy(net)
+        other_opt = of(way, other)
+        other_opt.load_state_dict(torch.load(tmp_path / f"{way.name}.again", weights_only=True))
+        train(net, opt, 3, 7)
+        train(other, other_opt, 3, 7)
+        assert same_run((net, opt), (other, other_opt)), way.name
 
 
 def test_loading_copies_and_leaves_the_dict_alone():
@@ -110,43 +162,52 @@ def test_loading_copies_and_leaves_the_dict_alone():
             assert torch.equal(saved["state"][pid][name], value)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_on_independently_and_alike(copier):
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_go_on_independently_and_alike(way):
     net = model()
-    opt = optimizer(net)
-    train(net, opt, 0, GAP - 1)
-    twin, twin_opt = copier((net, opt))
-    train(net, opt, GAP - 1, GAP + 3)
-    train(twin, twin_opt, GAP - 1, GAP + 3)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    opt = of(way, net)
+    train(net, opt, 0, 2)
+    twins = [copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))]
+    train(net, opt, 2, 6)
+    for twin, twin_opt in twins:
+        train(twin, twin_opt, 2, 6)
+        assert same_run((net, opt), (twin, twin_opt))
 
 
-def test_the_loaded_hyperparameters_win_as_in_torch():
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loaded_hyperparameters_win_as_in_torch(way):
+    """Also over those that decide which tensors there are: what loads was made with none of the options."""
     net = model()
-    opt = optimizer(net, rank=3)
+    opt = of(way, net, lr=0.02, weight_decay=0.2)
     train(net, opt, 0, 2)
     other = copy.deepcopy(net)
-    other_opt = optimizer(other, rank=5)
+    other_opt = way.kind(param_groups(other), lr=0.5)
     other_opt.load_state_dict(opt.state_dict())
-    assert other_opt.param_groups[1]["rank"] == 3
-    train(net, opt, 2, 4)
-    train(other, other_opt, 2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    for group, loaded in zip(opt.param_groups, other_opt.param_groups, strict=True):
+        assert {key: loaded[key] for key in group if key != "params"} == {
+            k: v for k, v in group.items() if k != "params"
+        }
+    train(net, opt, 2, 6)
+    train(other, other_opt, 2, 6)
+    assert same_run((net, opt), (other, other_opt))
 
 
-def test_an_older_state_lacks_keys_and_loads():
+@pytest.mark.parametrize("way", CLASSES)
+def test_an_older_state_lacks_keys_and_loads(way):
     net = model()
-    opt = optimizer(net)
+    opt = of(way, net)
     train(net, opt, 0, 2)
     saved = opt.state_dict()
     for group in saved["param_groups"]:
-        for key in ("stagger", "format_version", "maximize"):
-            del group[key]
-    optimizer(net).load_state_dict(saved)
-    other = optimizer(net)
+        for key in ("stagger", "method", "format_version", "maximize", "state_dtype"):
+            group.pop(key, None)
+    other = of(way, net)
     other.load_state_dict(saved)
-    assert other.param_groups[0]["stagger"] is True
-    assert other.param_groups[0]["format_version"] == 1
+    for group in other.param_groups:
+        assert group["format_version"] == 1
+        assert group["maximize"] is False
+        assert group["state_dtype"] == "float32"
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(states(opt), states(other), strict=True) for k in a)
 
 
 def test_a_checkpoint_of_torch_adamw_goes_on():

@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
-from lowrank_optim import GaLoreAdamW, param_groups
+from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion, param_groups
 from tests.distributed._ranks import WORLD, Ranks
+from tests.small_model import NAMED
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")]
 
@@ -96,6 +97,60 @@ def replicas_follow_one_process(rank: int, _: Path) -> None:
                 single_opt = GaLoreAdamW(param_groups(single, targets=r"\d", **_groups(options)), lr=options["lr"])
                 train(single, single_opt, dtype=dtype)
                 assert_close(model, single, **tolerance)
+
+
+def replicas_of_every_class_follow_one_process(rank: int, _: Path) -> None:
+    """The same directions, columns and roundings on every rank."""
+    for name in ("muon", "muon-int4", "lowrank-dct", "lowrank-svd", "residual", "trion", "auon", "steepest-int4"):
+        way = NAMED[name]
+        model = DistributedDataParallel(mlp())
+        opt = way(param_groups(model, targets=r"[02]"), lr=0.02, weight_decay=0.1)
+        assert [group["role"] for group in opt.param_groups] == ["matrix", "other", "vector"]
+        before = copy.deepcopy(list(model.parameters()))
+        train(model, opt, rank=rank)
+        assert_equal_on_all_ranks(list(model.parameters()))
+        assert_equal_on_all_ranks(opt.state_dict())
+        assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        single = mlp()
+        train(single, way(param_groups(single, targets=r"[02]"), lr=0.02, weight_decay=0.1))
+        assert_close(model, single, rtol=1e-7, atol=1e-8)
+
+
+def zero_shards_the_state_of_muon(rank: int, _: Path) -> None:
+    """By groups that say their roles and rates: it fills in `lr` itself, and takes bare parameters for one group."""
+    for name in ("muon", "muon-int4"):
+        way, model, single = NAMED[name], DistributedDataParallel(mlp()), mlp()
+        options = {**way.options, "lr": 0.02, "weight_decay": 0.1, "fallback_lr": None}
+
+        def sharded(module: nn.Module, options: dict[str, Any] = options) -> ZeroRedundancyOptimizer:
+            groups = param_groups(module, other_lr=0.01).unnamed()
+            return ZeroRedundancyOptimizer(groups, optimizer_class=Muon, **options)
+
+        opt = sharded(model)
+        train(model, opt, rank=rank)
+        single_opt = Muon(param_groups(single, other_lr=0.01), **options)
+        train(single, single_opt)
+        assert_close(model, single, rtol=1e-7, atol=1e-8)
+        assert_equal_on_all_ranks(list(model.parameters()))
+        held = [p for p in model.parameters() if opt.optim.state.get(p)]
+        assert 0 < len(held) < len(list(model.parameters()))
+        assert [group["lr"] for group in opt.param_groups] == [group["lr"] for group in single_opt.param_groups]
+        opt.consolidate_state_dict(to=0)
+        saved: list[Any] = [copy.deepcopy(opt.state_dict()) if rank == 0 else None]
+        dist.broadcast_object_list(saved)
+        again_model = DistributedDataParallel(copy.deepcopy(model.module))
+        again = sharded(again_model)
+        again.load_state_dict(copy.deepcopy(saved[0]))
+        # one process takes it too
+        alone = copy.deepcopy(model.module)
+        alone_opt = Muon(param_groups(alone, other_lr=0.01), **options)
+        alone_opt.load_state_dict(saved[0])
+        later = range(STEPS, STEPS + 4)
+        train(model, opt, later, rank=rank)
+        train(again_model, again, later, rank=rank)
+        train(alone, alone_opt, later)
+        assert_close(again_model, model.module, rtol=0, atol=0)
+        assert_close(alone, model.module, rtol=1e-7, atol=1e-8)
 
 
 def zero_follows_one_process(rank: int, _: Path) -> None:
@@ -232,6 +287,28 @@ def projected_square_shards_are_refused(_: int, __: Path) -> None:
         GaLoreAdamW(model.parameters(), rank=1.0)
 
 
+def shards_of_matrices_are_refused(_: int, __: Path) -> None:
+    """At construction, and AdamW beside them works."""
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    for make in (Muon, LowRankMuon, Trion, AuON, SteepestDescent):
+        message = rf"{make.__name__}: a DTensor parameter .* cannot be projected or orthogonalized"
+        with pytest.raises(RuntimeError, match=message):
+            make(matrices)
+        if make is SteepestDescent:
+            continue
+        opt = make([{"params": model.parameters(), "role": "other"}], fallback_lr=0.01)
+        assert all(isinstance(state["exp_avg"], DTensor) for state in opt.state.values())
+        model(batch(0, torch.float64)).square().mean().backward()
+        opt.step()
+        fresh = nn.Linear(4, 6)
+        fully_shard(fresh, mesh=init_device_mesh("cpu", (WORLD,)))
+        with pytest.raises(RuntimeError, match=message):
+            opt.add_param_group({"params": fresh.parameters()})
+        assert len(opt.param_groups) == 1
+
+
 def fsdp1_is_refused(_: int, __: Path) -> None:
     for groups in ({"rank": 2}, {}):
         model = FullyShardedDataParallel(mlp(torch.float32), device_id=torch.device("cpu"), use_orig_params=False)
@@ -258,12 +335,15 @@ def ranks() -> Iterator[Ranks]:
     "work",
     [
         replicas_follow_one_process,
+        replicas_of_every_class_follow_one_process,
+        zero_shards_the_state_of_muon,
         zero_follows_one_process,
         staggered_zero_keeps_its_replicas_equal,
         zero_takes_groups,
         shards_follow_one_process,
         projected_shards_are_refused,
         projected_square_shards_are_refused,
+        shards_of_matrices_are_refused,
         fsdp1_is_refused,
         fsdp1_with_original_parameters_is_refused,
     ],

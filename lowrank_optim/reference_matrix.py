@@ -1,0 +1,241 @@
+"""Matrix functions in plain torch: normalization, Newton–Schulz in its standard and its Gram form, the polar factor.
+
+Matrices come in batches (b, m, n) and are seen from their short side: with m <= n the Gram matrix is X Xᵀ and functions
+of it multiply X from the left, else it is Xᵀ X and they multiply from the right. Everything made of the Gram matrix is
+symmetric, and how such matrices are multiplied is a part of its own: `Whole`, or `Halves` where computing one triangle
+pays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Triple = tuple[float, float, float]
+
+# a norm this far from underflow is a square root of a sum of squares without scaling first
+_PLAIN_EPS = 1e-12
+
+
+class Arithmetic(Protocol):
+    """Symmetric matrices that are polynomials of one Gram matrix."""
+
+    def gram(self, x: Tensor) -> Any:
+        """Return R, the Gram matrix of the short side of `x`."""
+        ...
+
+    def polynomial(self, r: Any, b: float, c: float) -> Any:
+        """Return b·R + c·R²."""
+        ...
+
+    def product(self, q: Any, z: Any, a: float) -> Any:
+        """Return Q (a + Z)."""
+        ...
+
+    def congruence(self, r: Any, z: Any, a: float) -> Any:
+        """Return (a + Z) R (a + Z)."""
+        ...
+
+    def shifted(self, z: Any, a: float) -> Any:
+        """Return Z + a."""
+        ...
+
+    def times(self, z: Any, x: Tensor, a: float) -> Tensor:
+        """Return (a + Z) X."""
+        ...
+
+
+def newton_schulz(x: Tensor, triples: Sequence[Triple], arithmetic: Arithmetic) -> Tensor:
+    """Return U p(S) Vᵀ for x = U S Vᵀ, where p is the composition of the steps x·(a + b·x² + c·x⁴)."""
+    for a, b, c in triples:
+        x = arithmetic.times(arithmetic.polynomial(arithmetic.gram(x), b, c), x, a)
+    return x
+
+
+def gram_newton_schulz(
+    x: Tensor, triples: Sequence[Triple], restarts: Sequence[int], arithmetic: Arithmetic
+) -> Tensor:
+    """Return what `newton_schulz` does, iterating on the Gram matrix R and on Q, which X is multiplied by in the end.
+
+    A step takes W = a + b·R + c·R² and then Q ← Q W, R ← W R W. What rounding has made of the small eigenvalues of R
+    grows by a² a step, so before the steps in `restarts` X ← Q X, and R is made again.
+    """
+    for start, stop in pairwise((0, *restarts, len(triples))):
+        if stop - start == 1:
+            x = newton_schulz(x, triples[start:stop], arithmetic)
+            continue
+        r, q = arithmetic.gram(x), None
+        for step in range(start, stop):
+            a, b, c = triples[step]
+            z = arithmetic.polynomial(r, b, c)
+            q = arithmetic.shifted(z, a) if q is None else arithmetic.product(q, z, a)
+            if step + 1 < stop:
+                # in this order: R stays symmetric and its null space null, which R W² would not leave it by rounding
+                r = arithmetic.congruence(r, z, a)
+        x = arithmetic.times(q, x, 0.0)
+    return x
+
+
+def polar(x: Tensor) -> Tensor:
+    """Return U Vᵀ for x = U S Vᵀ by the eigenvalues of the Gram matrix; singular values that are rounding stay 0.
+
+    Where `x` is not finite the result is NaN.
+    """
+    r = _gram(x)
+    finite = r.isfinite().all(dim=(-2, -1), keepdim=True) if r.numel() else torch.ones_like(r, dtype=torch.bool)
+    # LAPACK raises for NaN
+    values, vectors = torch.linalg.eigh(torch.where(finite, r, 0.0))
+    least = values[..., -1:] * (values.size(-1) * torch.finfo(x.dtype).eps)
+    inverse = torch.where(values > least, values, 1.0).rsqrt().where(values > least, 0.0)
+    root = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return _times(root, x, 0.0).where(finite, torch.nan)
+
+
+def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return x / max(‖x‖_F, eps) in `dtype`, computed in float32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(wide.dtype).tiny
+    if eps < _PLAIN_EPS:
+        # squares of elements near 1e-20 would be 0, and of those near 1e20 infinite
+        peak = wide.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
+        wide = wide / peak
+        least = torch.clamp(eps / peak, min=tiny)
+    else:
+        least = torch.full((), eps, dtype=wide.dtype, device=wide.device)
+    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    return wide.mul(torch.maximum(norm, least).reciprocal_()).to(dtype)
+
+
+def almost_orthogonal(x: Tensor) -> Tensor:
+    """Scale the rows of the short side so that ‖x‖₂ <= 1: each by 1 / √(its row sum of |Gram matrix|) (Turbo-Muon)."""
+    sums = _gram(x).abs().sum(-1)
+    scale = torch.where(sums > 0, sums, 1.0).rsqrt().where(sums > 0, 0.0)
+    return torch.mul(x, scale.unsqueeze(-2 if _tall(x) else -1))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Plain products of whole matrices.
+
+    Args:
+        dtype: of everything made of the Gram matrix, where it is not that of X.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def gram(self, x: Tensor) -> Tensor:
+        return _gram(x if self.dtype is None else x.to(self.dtype))
+
+    def polynomial(self, r: Tensor, b: float, c: float) -> Tensor:
+        # torch 2.13 ignores beta where alpha is 0
+        return torch.baddbmm(r, r, r, beta=b, alpha=c) if c != 0 else b * r
+
+    def product(self, q: Tensor, z: Tensor, a: float) -> Tensor:
+        return torch.baddbmm(q, q, z, beta=a)
+
+    def congruence(self, r: Tensor, z: Tensor, a: float) -> Tensor:
+        once = torch.baddbmm(r, r, z, beta=a)
+        return torch.baddbmm(once, z, once, beta=a)
+
+    def shifted(self, z: Tensor, a: float) -> Tensor:
+        return _shift_(z.clone(), a)
+
+    def times(self, z: Tensor, x: Tensor, a: float) -> Tensor:
+        return _times(z.to(x.dtype), x, a)
+
+
+class Slabs(NamedTuple):
+    """A symmetric matrix less its upper right block: the rest as two contiguous slabs, which share the lower left."""
+
+    left: Tensor  # (b, n, h)
+    bottom: Tensor  # (b, n - h, n)
+
+
+class Halves:
+    """Products of 2×2 blocks that leave the upper right one out: 3/4 of the work, without a copy of a block."""
+
+    def gram(self, x: Tensor) -> Slabs:
+        rows = x.mT if _tall(x) else x
+        out, h = _slabs(len(x), rows.size(-2), x), rows.size(-2) // 2
+        # one at a time: batched products copy operands that are slices
+        for i, matrix in enumerate(rows):
+            torch.mm(matrix[:h], matrix[:h].T, out=out.left[i, :h])
+            torch.mm(matrix[h:], matrix.T, out=out.bottom[i])
+        out.left[:, h:].copy_(out.bottom[..., :h])
+        return out
+
+    def polynomial(self, r: Slabs, b: float, c: float) -> Slabs:
+        return _half_product(r, r, r, b, c) if c != 0 else Slabs(b * r.left, b * r.bottom)
+
+    def product(self, q: Slabs, z: Slabs, a: float) -> Slabs:
+        return _half_product(q, z, q, a, 1.0)
+
+    def congruence(self, r: Slabs, z: Slabs, a: float) -> Slabs:
+        b, n, h = r.left.shape
+        # R (a + Z) is not symmetric to the last bit, and must not be made so
+        left, right = torch.empty_like(r.left), r.left.new_empty(b, n, n - h)
+        torch.baddbmm(r.left[:, :h], r.left.mT, z.left, beta=a, out=left[:, :h])
+        torch.baddbmm(r.left[:, h:], r.bottom, z.left, beta=a, out=left[:, h:])
+        torch.baddbmm(r.bottom[..., :h].mT, r.left.mT, z.bottom.mT, beta=a, out=right[:, :h])
+        torch.baddbmm(r.bottom[..., h:], r.bottom, z.bottom.mT, beta=a, out=right[:, h:])
+        out = _slabs(b, n, r.left)
+        torch.baddbmm(left[:, :h], z.left.mT, left, beta=a, out=out.left[:, :h])
+        torch.baddbmm(left[:, h:], z.bottom, left, beta=a, out=out.left[:, h:])
+        torch.baddbmm(right[:, h:], z.bottom, right, beta=a, out=out.bottom[..., h:])
+        out.bottom[..., :h].copy_(out.left[:, h:])
+        return out
+
+    def shifted(self, z: Slabs, a: float) -> Slabs:
+        h = z.left.size(-1)
+        out = Slabs(z.left.clone(), z.bottom.clone())
+        _shift_(out.left[:, :h], a)
+        _shift_(out.bottom[..., h:], a)
+        return out
+
+    def times(self, z: Slabs, x: Tensor, a: float) -> Tensor:
+        h, out = z.left.size(-1), torch.empty_like(x)
+        if _tall(x):
+            torch.baddbmm(x[..., :h], x, z.left, beta=a, out=out[..., :h])
+            torch.baddbmm(x[..., h:], x, z.bottom.mT, beta=a, out=out[..., h:])
+        else:
+            torch.baddbmm(x[:, :h], z.left.mT, x, beta=a, out=out[:, :h])
+            torch.baddbmm(x[:, h:], z.bottom, x, beta=a, out=out[:, h:])
+        return out
+
+
+def _half_product(q: Slabs, z: Slabs, plus: Slabs, beta: float, alpha: float) -> Slabs:
+    """Return beta·plus + alpha·Q Z for Q and Z that commute."""
+    b, n, h = q.left.shape
+    out = _slabs(b, n, q.left)
+    torch.baddbmm(plus.left[:, :h], q.left.mT, z.left, beta=beta, alpha=alpha, out=out.left[:, :h])
+    torch.baddbmm(plus.left[:, h:], q.bottom, z.left, beta=beta, alpha=alpha, out=out.left[:, h:])
+    torch.baddbmm(plus.bottom[..., h:], q.bottom, z.bottom.mT, beta=beta, alpha=alpha, out=out.bottom[..., h:])
+    out.bottom[..., :h].copy_(out.left[:, h:])
+    return out
+
+
+def _slabs(b: int, n: int, like: Tensor) -> Slabs:
+    return Slabs(like.new_empty(b, n, n // 2), like.new_empty(b, n - n // 2, n))
+
+
+def _shift_(z: Tensor, a: float) -> Tensor:
+    diagonal = z.diagonal(dim1=-2, dim2=-1)
+    # in low precision torch rounds the number before it adds it
+    diagonal.copy_(diagonal.to(torch.promote_types(z.dtype, torch.float32)) + a)
+    return z
+
+
+def _tall(x: Tensor) -> bool:
+    return x.size(-2) > x.size(-1)
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x.mT @ x if _tall(x) else x @ x.mT
+
+
+def _times(z: Tensor, x: Tensor, a: float) -> Tensor:
+    left, right = (x, z) if _tall(x) else (z, x)
+    return torch.baddbmm(x, left, right, beta=a) if a != 0 else left @ right

@@ -1,0 +1,116 @@
+"""Every optimizer on a CUDA device: the steps of a float32 run on a CPU, and no waiting for the device in between."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim import GaLoreAdamW
+from tests.small_model import CLASSES, WAYS, Way
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # one way is AdamW alone, which the optimizer remarks on
+    pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning"),
+]
+
+# tall, wide, one of two alike that are stepped as one stack, a convolution, a vector
+SHAPES = [(96, 64), (64, 96), (96, 64), (24, 16, 3, 3), (64,)]
+STEPS = 6
+
+
+def gradients(step: int) -> list[Tensor]:
+    """Of few large singular values, as gradients are, so that the leading ones are well apart."""
+    source = torch.Generator().manual_seed(step)
+    found = []
+    for shape in SHAPES:
+        x = torch.randn(shape, generator=source)
+        if x.dim() > 1:
+            u, s, vh = torch.linalg.svd(x.flatten(1), full_matrices=False)
+            x = ((u * s * 0.7 ** torch.arange(len(s))) @ vh).view(shape)
+        # both runs get the numbers that bfloat16 can hold
+        found.append(x.bfloat16())
+    return found
+
+
+def moved(way: Way, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Return how far each parameter has gone in a few steps, on the CPU in float32."""
+    torch.manual_seed(0)
+    # small, so that rounding a weight is small beside a step
+    start = [(torch.randn(shape) * 0.02).bfloat16() for shape in SHAPES]
+    params = [nn.Parameter(x.to(device, dtype, copy=True)) for x in start]
+    # the sketch that a basis begins with is each device's own, and so are the signs of singular vectors
+    options = {"basis": "svd", "stagger": False, "update_proj_gap": 3} if way.guarded else {}
+    if way.kind is GaLoreAdamW and way.guarded:
+        options["update_proj_gap"] = 100
+    opt = way(params, weight_decay=0.1, **way.rates(0.1), **options)
+    for step in range(STEPS):
+        for p, grad in zip(params, gradients(step), strict=True):
+            p.grad = grad.to(device, dtype)
+        opt.step()
+        for p in params:
+            assert all(value.device == p.device for name, value in opt.state[p].items() if name != "step")
+    return [p.detach().cpu().float() - x.float() for p, x in zip(params, start, strict=True)]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def tolerance(way: Way, dtype: torch.dtype) -> float:
+    """Return how far apart two runs may be, as a part of how far they went."""
+    if way.options.get("ns_dtype") == "bfloat16":
+        # so much the two are from what they are in float64
+        return 0.15
+    if way.options.get("state_dtype", "float32") != "float32":
+        # a number that falls on the other side of a boundary is another by a whole step of its grid
+        return 0.1
+    return 0.05 if dtype == torch.bfloat16 else 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_equal_those_of_a_cpu_in_float32(way: Way, dtype: torch.dtype) -> None:
+    found, expected = moved(way, "cuda", dtype), moved(way, "cpu", torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        assert error(ours, theirs) < tolerance(way, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_does_not_wait_for_the_device(way: Way, dtype: torch.dtype) -> None:
+    params = [nn.Parameter(torch.randn(shape).to("cuda", dtype)) for shape in SHAPES]
+    # a basis of singular vectors asks at its refreshes whether the gradient is finite
+    options = {"update_proj_gap": 100, "stagger": False} if way.guarded else {}
+    opt = way(params, weight_decay=0.1, **way.rates(0.02), **options)
+    if "stochastic_rounding" in opt.defaults:
+        opt = way(params, weight_decay=0.1, stochastic_rounding=True, **way.rates(0.02), **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    # the first makes what all later ones use
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("way", CLASSES[1:])
+def test_bfloat16_weights_learn_from_steps_that_are_too_small_for_them(way: Way) -> None:
+    """Weights of 1 and steps well below their grid: rounded to nearest they stay, by chance they follow."""
+    moved = {}
+    for chance in (False, True):
+        p = nn.Parameter(torch.ones(64, 64, device="cuda", dtype=torch.bfloat16))
+        opt = way([p], stochastic_rounding=chance, **way.rates(1e-3))
+        random = torch.cuda.get_rng_state()
+        for step in range(40):
+            p.grad = gradients(step)[0][:64].to("cuda")
+            opt.step()
+        assert torch.equal(random, torch.cuda.get_rng_state())
+        moved[chance] = p.detach().ne(1)
+    assert not moved[False].any()
+    assert moved[True].any()
