@@ -120,7 +120,8 @@ def check_newton_schulz(
     require(_whole(steps) and least_steps <= steps < 100, group, "ns_steps", f"an int in [{least_steps}, 100)")
     require(_number(group["eps"]) and group["eps"] >= 0, group, "eps", "a number >= 0")
     check_choice(group, "method", methods)
-    check_choice(group, "ns_dtype", dtypes)
+    if group["ns_dtype"] is not None:
+        check_choice(group, "ns_dtype", dtypes)
 
 
 def check_choice(group: dict[str, Any], key: str, allowed: tuple[str, ...]) -> None:

@@ -48,7 +48,7 @@ class _Selected:
     ) -> tuple[Tensor, Tensor]:
         coefficients, old = self.transform(grad), state["basis_index"].clone()
         kept, new = weights
-        energy = self._energy(coefficients).mul_(new)
+        energy = self._energy(coefficients, new)
         # a moment has coefficients in its own columns only, so there is nothing to lift
         energy[old] = self._energy(self.take(coefficients, old).mul_(new).add_(moment, alpha=kept))
         index = self._largest(energy)
@@ -76,11 +76,13 @@ class _Selected:
         """Return the coefficients of `matrix` along all columns of the fixed basis."""
         raise NotImplementedError
 
-    def _energy(self, coefficients: Tensor) -> Tensor:
-        order = 2 if self.ranking == "l2" else 1
+    def _energy(self, coefficients: Tensor, weight: float = 1.0) -> Tensor:
+        """Return the sum of squares or of magnitudes of `weight` times the coefficients along each column."""
         along = -2 if self.side == "right" else -1
-        energy: Tensor = torch.linalg.vector_norm(coefficients, ord=order, dim=along)
-        return energy
+        # vector_norm along the first dimension is ten times slower on a CPU
+        if self.ranking == "l2":
+            return coefficients.square().sum(along).mul_(weight**2)
+        return coefficients.abs().sum(along).mul_(weight)
 
     def _largest(self, energy: Tensor) -> Tensor:
         # a stable sort breaks ties by index, which topk does not promise

@@ -54,7 +54,8 @@ class LowRankMuon(MatrixOptimizer):
         residual: c, or None. Default None.
         stagger: give each matrix its own turn within the period. Default True.
         method: as for `Muon`. Default "auto".
-        ns_dtype: as for `Muon`, "float32", "bfloat16" or "float16". Default "float32": in r×r the Gram form is cheap.
+        ns_dtype: as for `Muon`, "float32", "bfloat16" or "float16". Default None: "float32" in coordinates, where the
+            products are small, and "bfloat16" with a residual, as `Muon`.
         state_dtype: "float32", "bfloat16", "int8" or "int4". Default "float32".
         stochastic_rounding: round low-precision weights stochastically. Default False.
         maximize: ascend instead of descend. Default False.
@@ -103,7 +104,7 @@ class LowRankMuon(MatrixOptimizer):
         residual: float | None = None,
         stagger: bool = True,
         method: str = "auto",
-        ns_dtype: str = "float32",
+        ns_dtype: str | None = None,
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
         maximize: bool = False,
@@ -130,7 +131,8 @@ class LowRankMuon(MatrixOptimizer):
 
     def _matrix_rule(self, group: Group, p: Tensor) -> Rule:
         shape = matrix_shape(p.shape)
-        steered = Steered(self._spectral(group, p), adjust=group["adjust_lr_fn"] or "original", shape=shape)
+        usual = "float32" if group["residual"] is None else "bfloat16"
+        steered = Steered(self._spectral(group, p, usual), adjust=group["adjust_lr_fn"] or "original", shape=shape)
         if group["rank"] == 0:
             return Stateless(steered)
         basis = bases.make(group["basis"], group["rank"], "std", shape)

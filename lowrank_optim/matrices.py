@@ -54,9 +54,9 @@ class MatrixOptimizer(RuleOptimizer):
             del self.param_groups[count:]
             raise
 
-    def _spectral(self, group: Group, p: Tensor) -> Spectral:
+    def _spectral(self, group: Group, p: Tensor, usual: str = "bfloat16") -> Spectral:
         """Return the orthogonalization that a group asks for; float64 parameters keep their precision."""
-        dtype = torch.float64 if p.dtype == torch.float64 else NS_DTYPES[group["ns_dtype"]]
+        dtype = torch.float64 if p.dtype == torch.float64 else NS_DTYPES[group["ns_dtype"] or usual]
         return Spectral(group["method"], _hashable(group["ns_coefficients"]), group["ns_steps"], group["eps"], dtype)
 
     def _layout(self, group: Group, p: Tensor) -> Layout:

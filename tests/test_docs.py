@@ -13,11 +13,23 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = [name for name in vars(lowrank_optim) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("module", ["galore", "memory", "params"])
+MODULES = ["galore", "muon", "lowrank_muon", "trion", "auon", "steepest", "orthogonal", "coefficients", "memory", "params"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_examples_of_docstrings_run(module):
     result = doctest.testmod(importlib.import_module(f"lowrank_optim.{module}"))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/muon.md"])
+def test_the_code_of_the_documents_runs(document, capsys):
+    names: dict[str, object] = {}
+    blocks = (ROOT / document).read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(block.split("```")[0], names)
 
 
 def test_the_plain_example_learns(capsys):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+import lowrank_optim
 from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion
 from lowrank_optim.optimizer import RuleOptimizer
-from tests.small_model import CLASSES, NAMED, WAYS, Way, backward, mlp, same, train
+from lowrank_optim.storage import STATE_DTYPES
+from tests.small_model import ALL, CLASSES, NAMED, WAYS, Way, backward, mlp, same, train
 
 # one way is AdamW alone, which the optimizer remarks on
 pytestmark = pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
@@ -91,6 +93,16 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
     },
     SteepestDescent: {**_MATRICES, **_ITERATION, "nesterov": False, "ns_coefficients": "jordan", "norm": "column"},
 }
+
+
+def test_no_class_and_no_storage_is_forgotten() -> None:
+    public = [value for value in vars(lowrank_optim).values() if isinstance(value, type)]
+    classes = {kind for kind in public if issubclass(kind, RuleOptimizer)}
+    assert classes == {way.kind for way in ALL} == {way.values[0].kind for way in CLASSES} == set(OVERRIDES)
+    for kind in classes:
+        kept = {way.options.get("state_dtype", "float32") for way in ALL if way.kind is kind}
+        assert len(kept) > 1, kind
+    assert {way.options.get("state_dtype", "float32") for way in ALL if way.kind is Muon} == set(STATE_DTYPES)
 
 
 @pytest.mark.parametrize("kind", OVERRIDES)

@@ -61,9 +61,7 @@ def decode(codes, scale, bits, signed):
 def pack(codes):
     """Return bytes: two codes of four bits in each, in two's complement, the first one low."""
     nibbles = [int(code) % 16 for code in codes] + [0] * (len(codes) % 2)
-    return np.array(
-        [low + 16 * high for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)], dtype=np.uint8
-    )
+    return np.array([low + 16 * high for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)], dtype=np.uint8)
 
 
 def blocks(flat, size):
