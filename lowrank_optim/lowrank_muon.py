@@ -33,7 +33,8 @@ class LowRankMuon(MatrixOptimizer):
     and `rank=0` with a residual keeps no momentum at all: NS(G). At full rank this is `Muon`.
 
     Whenever the basis is found again, it is found from the momentum as it will be with the gradient at hand, and the
-    momentum is carried into it. For "dct" that is a choice of r columns and a gather.
+    momentum is carried into it. For "dct" that is a choice of r columns and a gather. A column that has gathered momentum
+    stays until one outside has more energy in a single gradient, times 1-β: at β = 0.95, few columns change.
 
     Args:
         params: as for `Muon`.
@@ -50,7 +51,7 @@ class LowRankMuon(MatrixOptimizer):
         basis: "dct" (columns of the DCT-II matrix with most energy), "identity" (columns of the matrix), "svd" or
             "subspace" (warm-started block power iteration). Default "dct".
         update_proj_gap: steps between two refreshes of a basis. Default None: 1 for "dct" and "identity", which are
-            chosen anew at each step, else 200 (GaLore).
+            compared anew at each step, else 200 (GaLore).
         residual: c, or None. Default None.
         stagger: give each matrix its own turn within the period. Default True.
         method: as for `Muon`. Default "auto".

@@ -16,10 +16,14 @@ METHODS: tuple[str, ...] = get_args(Method)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 
-# what rounding does to a Gram matrix in float32 may grow this much: to 1e-2 of the result where it is of low rank
-_GROWTH = 5e5
+# what rounding does to a Gram matrix in float32 may grow this much: to 3e-3 of the result where that is of low rank
+_GROWTH = 1e5
 # tables with a steeper step lose more of a half-precision Gram matrix
 _STEEP = 4.5
+# the Gram form saves multiplications from this ratio of the sides on
+_OBLONG = 1.75
+# short sides: up to here Gram matrices of half-precision ones are float32, from there on halves save time
+_SMALL, _HALVES = 128, 512
 
 
 class Plan(NamedTuple):
@@ -46,7 +50,8 @@ def orthogonalize(
 ) -> Tensor:
     r"""Return U p(S) Vᵀ for each matrix x = U S Vᵀ, with p(S) near 1: nearly its polar factor, in a few products.
 
-    $$X \leftarrow X / \max(\lVert X\rVert_F, \epsilon), \qquad X \leftarrow a_k X + (b_k X X^\top + c_k (X X^\top)^2) X$$
+    $$X \leftarrow X / \max(\lVert X\rVert_F, \epsilon), \qquad
+    X \leftarrow a_k X + (b_k X X^\top + c_k (X X^\top)^2) X$$
 
     for each step k. p is the composition of the odd polynomials x·(aₖ + bₖ·x² + cₖ·x⁴), so the result is odd, does not
     change with the scale of `x`, and commutes with rotations from either side. Zeros give zeros, NaN gives NaN.
@@ -126,7 +131,9 @@ class Spectral:
         triples = table(self.coefficients, self.steps)
         how = plan(self.method, (x.size(-2), x.size(-1)), dtype, device, triples)
         with _without_autocast(x.device.type):
-            made = run(x.reshape(-1, *x.shape[-2:]), how, triples, eps=self.eps, scaled=preconditioned(self.coefficients))
+            made = run(
+                x.reshape(-1, *x.shape[-2:]), how, triples, eps=self.eps, scaled=preconditioned(self.coefficients)
+            )
         return made.to(dtype).reshape(x.shape)
 
 
@@ -145,57 +152,72 @@ def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled
     return ops.newton_schulz(x, triples, arithmetic)
 
 
-def plan(
-    method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str, triples: tuple[Triple, ...]
-) -> Plan:
+def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str, triples: tuple[Triple, ...]) -> Plan:
+    """Choose how matrices of this shape are orthogonalized.
+
+    On a CPU by measurement (2 cores with AVX512-BF16, torch 2.13, 5 Jordan steps, CPU time of both threads, batches of
+    2 to 16; 1 is `torch.optim.Muon`'s own loop in bfloat16):
+
+    | shape     | standard | Gram | Gram, float32 recursion | halves: standard | Gram | float32: standard | Gram |
+    |-----------|----------|------|-------------------------|------------------|------|-------------------|------|
+    | TABLE |
+
+    On a GPU nothing has been measured: there "auto" goes by the count of multiplications, for short sides of 256 and
+    more, where products and not launches take the time.
+
+    Args:
+        method: as for `orthogonalize`.
+        shape: (m, n).
+        dtype: that X is to have.
+        device: its type.
+        triples: the coefficients.
+    """
     m, n = shape
     short, long = min(m, n), max(m, n)
+    cpu = device == "cpu"
     if method == "eigh":
         # there are devices that have no float64
         return Plan("eigh", torch.float32 if device == "mps" else torch.float64)
     if method == "auto":
-        if device == "cpu" and dtype == torch.float16:
-            dtype = torch.float32
-        method = "gram" if long >= 1.75 * short and _gram_pays(short, device) else "newton_schulz"
-    cpu = device == "cpu"
-    halves = cpu and short >= 512
+        # a CPU multiplies float16 a hundred times slower
+        dtype = torch.float32 if cpu and dtype == torch.float16 else dtype
+        method = "gram" if _gram_pays(short, long, dtype, device) else "newton_schulz"
     if method == "newton_schulz":
-        return Plan(method, dtype, halves=halves)
-    if cpu and dtype in _HALF and short <= 256 and long >= 8 * short:
-        return Plan(method, dtype, torch.float32, restarts(triples, once=True))
-    if cpu and dtype == torch.float32 and short <= 512 and long >= 4 * short:
-        return Plan(method, dtype, None, restarts(triples, once=True))
-    return Plan(method, dtype, None, restarts(triples), halves)
+        return Plan(method, dtype, halves=cpu and short >= _HALVES)
+    if dtype in _HALF and long < _OBLONG * short:
+        # nothing to save: each step anew is the standard form
+        return Plan(method, dtype, None, tuple(range(1, len(triples))), cpu and short >= _HALVES)
+    if dtype in _HALF and short <= _SMALL:
+        # small matrices have the least room for rounding, and their recursion costs next to nothing
+        return Plan(method, dtype, torch.float32, restarts(triples, once=cpu))
+    once = cpu and dtype == torch.float32 and short <= 512 and long >= 4 * short
+    return Plan(method, dtype, None, restarts(triples, once=once), cpu and short >= _HALVES and not once)
 
 
-def _gram_pays(short: int, device: str) -> bool:
-    return {"cpu": True, "cuda": short >= 256}.get(device, False)
+def _gram_pays(short: int, long: int, dtype: torch.dtype, device: str) -> bool:
+    if device == "cpu":
+        return long >= (6 if dtype in _HALF and short <= _SMALL else _OBLONG) * short
+    return device == "cuda" and short >= 256 and long >= _OBLONG * short
 
 
 def restarts(triples: tuple[Triple, ...], *, once: bool = False) -> tuple[int, ...]:
     """Return the steps before which the Gram form begins anew.
 
-    Three steps first and then two at a time; steep tables one, then two at a time, and the last alone. Found by
-    measuring: on five spectra (Gaussian, geometric down to 1e-3 and 1e-5, rank 10, two spikes; 64x256 to 512x4096) all
-    published tables then stay within twice the error of the standard form in bfloat16, and fewer do not. The first
-    steps may go together because the largest eigenvalue is far from 1 then, and noise below it.
+    Three steps first, then two at a time; of steep tables only the second and the third go together, and of long ones
+    none. Found by measuring (Gaussian, geometric down to 1e-3 and to 1e-5, rank 10, two spikes): every table of the
+    registry then stays within twice the error of the standard form in half precision. The first steps may go together
+    because noise lies below the largest eigenvalue, which is far from 1 at first.
 
     Args:
         triples: the coefficients.
-        once: as few as float32 allows.
+        once: none, where float32 allows it.
     """
     slopes, steps = [a for a, _, _ in triples], len(triples)
-    if not once:
-        if max(slopes) > _STEEP:
-            return tuple(sorted({*range(1, steps, 2), steps - 1} - {0}))
-        return tuple(range(3, steps, 2))
-    found, growth = [], 1.0
-    for step in range(1, steps):
-        growth *= slopes[step - 1] ** 2
-        if growth > _GROWTH:
-            found.append(step)
-            growth = 1.0
-    return tuple(found)
+    if once and math.prod(slopes[:-1]) ** 2 <= _GROWTH:
+        return ()
+    if max(slopes) > _STEEP:
+        return tuple(step for step in range(1, steps) if step != 2 or steps > 5)
+    return tuple(range(3 if steps > 3 else 1, steps, 2))
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

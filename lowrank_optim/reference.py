@@ -111,7 +111,7 @@ def unit(x: Tensor) -> Tensor:
 
 def part_size(device: torch.device) -> int:
     """Return how many elements of a large tensor to work on at once: temporaries stay small, on a CPU in its cache."""
-    return min(torch.get_num_threads(), 4) << 18 if device.type == "cpu" else 1 << 21
+    return min(torch.get_num_threads(), 2) << 18 if device.type == "cpu" else 1 << 21
 
 
 def noise(numel: int, seeds: Sequence[int], device: torch.device) -> Tensor:

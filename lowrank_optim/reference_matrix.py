@@ -55,9 +55,7 @@ def newton_schulz(x: Tensor, triples: Sequence[Triple], arithmetic: Arithmetic) 
     return x
 
 
-def gram_newton_schulz(
-    x: Tensor, triples: Sequence[Triple], restarts: Sequence[int], arithmetic: Arithmetic
-) -> Tensor:
+def gram_newton_schulz(x: Tensor, triples: Sequence[Triple], restarts: Sequence[int], arithmetic: Arithmetic) -> Tensor:
     """Return what `newton_schulz` does, iterating on the Gram matrix R and on Q, which X is multiplied by in the end.
 
     A step takes W = a + b·R + c·R² and then Q ← Q W, R ← W R W. What rounding has made of the small eigenvalues of R
@@ -127,23 +125,29 @@ class Whole:
     dtype: torch.dtype | None = None
 
     def gram(self, x: Tensor) -> Tensor:
+        """Return X Xᵀ or Xᵀ X, in `dtype`."""
         return _gram(x if self.dtype is None else x.to(self.dtype))
 
     def polynomial(self, r: Tensor, b: float, c: float) -> Tensor:
+        """Return b·R + c·R²."""
         # torch 2.13 ignores beta where alpha is 0
         return torch.baddbmm(r, r, r, beta=b, alpha=c) if c != 0 else b * r
 
     def product(self, q: Tensor, z: Tensor, a: float) -> Tensor:
+        """Return a·Q + Q Z, rounded once."""
         return torch.baddbmm(q, q, z, beta=a)
 
     def congruence(self, r: Tensor, z: Tensor, a: float) -> Tensor:
+        """Return (a + Z) R (a + Z)."""
         once = torch.baddbmm(r, r, z, beta=a)
         return torch.baddbmm(once, z, once, beta=a)
 
     def shifted(self, z: Tensor, a: float) -> Tensor:
+        """Return Z + a."""
         return _shift_(z.clone(), a)
 
     def times(self, z: Tensor, x: Tensor, a: float) -> Tensor:
+        """Return a·X + Z X or a·X + X Z, rounded once."""
         return _times(z.to(x.dtype), x, a)
 
 
@@ -158,6 +162,7 @@ class Halves:
     """Products of 2×2 blocks that leave the upper right one out: 3/4 of the work, without a copy of a block."""
 
     def gram(self, x: Tensor) -> Slabs:
+        """Return X Xᵀ or Xᵀ X."""
         rows = x.mT if _tall(x) else x
         out, h = _slabs(len(x), rows.size(-2), x), rows.size(-2) // 2
         # one at a time: batched products copy operands that are slices
@@ -168,12 +173,15 @@ class Halves:
         return out
 
     def polynomial(self, r: Slabs, b: float, c: float) -> Slabs:
+        """Return b·R + c·R²."""
         return _half_product(r, r, r, b, c) if c != 0 else Slabs(b * r.left, b * r.bottom)
 
     def product(self, q: Slabs, z: Slabs, a: float) -> Slabs:
+        """Return a·Q + Q Z; Q and Z commute but for rounding, and here they do."""
         return _half_product(q, z, q, a, 1.0)
 
     def congruence(self, r: Slabs, z: Slabs, a: float) -> Slabs:
+        """Return (a + Z) R (a + Z); here Z and R need not commute."""
         b, n, h = r.left.shape
         # R (a + Z) is not symmetric to the last bit, and must not be made so
         left, right = torch.empty_like(r.left), r.left.new_empty(b, n, n - h)
@@ -189,6 +197,7 @@ class Halves:
         return out
 
     def shifted(self, z: Slabs, a: float) -> Slabs:
+        """Return Z + a."""
         h = z.left.size(-1)
         out = Slabs(z.left.clone(), z.bottom.clone())
         _shift_(out.left[:, :h], a)
@@ -196,6 +205,7 @@ class Halves:
         return out
 
     def times(self, z: Slabs, x: Tensor, a: float) -> Tensor:
+        """Return a·X + Z X or a·X + X Z."""
         h, out = z.left.size(-1), torch.empty_like(x)
         if _tall(x):
             torch.baddbmm(x[..., :h], x, z.left, beta=a, out=out[..., :h])

@@ -309,6 +309,34 @@ def shards_of_matrices_are_refused(_: int, __: Path) -> None:
         assert len(opt.param_groups) == 1
 
 
+def shards_of_coded_moments_are_refused(_: int, __: Path) -> None:
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    for state_dtype in ("bfloat16", "int8", "int4"):
+        with pytest.raises(
+            RuntimeError, match=f"GaLoreAdamW: state_dtype='{state_dtype}' cannot be kept for a DTensor"
+        ):
+            GaLoreAdamW([{"params": model.parameters()}], state_dtype=state_dtype)
+
+
+def shards_of_bfloat16_weights_are_rounded_stochastically(_: int, __: Path) -> None:
+    """Steps of 1e-4 of weights of one, which vanish otherwise."""
+    means = []
+    for stochastic_rounding in (False, True):
+        model = mlp(torch.bfloat16)
+        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        weight = next(model.parameters())
+        with torch.no_grad():
+            weight.fill_(1.0)
+        opt = GaLoreAdamW([{"params": [weight]}], lr=1e-4, stochastic_rounding=stochastic_rounding)
+        for _ in range(200):
+            weight.grad = torch.ones_like(weight)
+            opt.step()
+        means.append(full(weight.detach()).float().mean().item())
+    assert means[0] == 1
+    assert 1 - means[1] == pytest.approx(0.02, rel=0.3)
+
+
 def fsdp1_is_refused(_: int, __: Path) -> None:
     for groups in ({"rank": 2}, {}):
         model = FullyShardedDataParallel(mlp(torch.float32), device_id=torch.device("cpu"), use_orig_params=False)
@@ -344,6 +372,8 @@ def ranks() -> Iterator[Ranks]:
         projected_shards_are_refused,
         projected_square_shards_are_refused,
         shards_of_matrices_are_refused,
+        shards_of_coded_moments_are_refused,
+        shards_of_bfloat16_weights_are_rounded_stochastically,
         fsdp1_is_refused,
         fsdp1_with_original_parameters_is_refused,
     ],
