@@ -11,6 +11,8 @@ Role = Literal["matrix", "embedding", "head", "other", "vector"]
 
 # keys of other libraries' groups and of `param_groups`, accepted also by an optimizer to which they mean nothing
 _IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr", "role", "split", "flatten"}
+# keys of one optimizer of this package, whose meaning would be lost silently in another
+_PARTICULAR = {"momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"}
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")
 
 
@@ -18,7 +20,8 @@ def check_group(group: dict[str, Any], known: dict[str, Any]) -> None:
     """Raise ValueError for a number that every optimizer has and that is out of its range."""
     check_lr(group["lr"])
     require(_number(group["weight_decay"]) and group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
-    require(isinstance(group["maximize"], bool), group, "maximize", "a bool")
+    for key in ("maximize", "cautious", "stochastic_rounding"):
+        require(isinstance(group.get(key, False), bool), group, key, "a bool")
     require(isinstance(group["stochastic_rounding"], bool), group, "stochastic_rounding", "a bool")
     _check_adam(group, "betas", "eps")
     if group.get("role") is not None:
@@ -26,7 +29,9 @@ def check_group(group: dict[str, Any], known: dict[str, Any]) -> None:
     for key in _UNSUPPORTED:
         require(not group.get(key, False), group, key, "False: it is not supported")
     for key in group.keys() - known.keys() - _IGNORED:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+        if key in _PARTICULAR:
+            raise ValueError(f"Invalid key {key!r} in a parameter group: it means nothing to this optimizer")
+        near = difflib.get_close_matches(str(key), {*known, *_IGNORED}, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"unknown key {key!r} in a parameter group: did you mean {near[0]!r}?")
 

@@ -217,7 +217,7 @@ def _registry() -> dict[str, Table]:
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     )
-    modula = (
+    thousandths = (
         (3955, -8306, 5008),
         (3735, -6681, 3463),
         (3799, -6499, 3211),
@@ -225,6 +225,7 @@ def _registry() -> dict[str, Table]:
         (2677, -3029, 1162),
         (2172, -1833, 682),
     )
+    modula = tuple((a / 1024, b / 1024, c / 1024) for a, b, c in thousandths)
     turbo: tuple[Triple, ...] = (
         (4.6051, -9.6552, 5.6769),
         (4.7505, -6.0861, 2.1790),
@@ -238,11 +239,11 @@ def _registry() -> dict[str, Table]:
         for entry in (
             Table("jordan", (jordan,) * 5, "K. Jordan et al., Muon, 2024", (0.682, 1.202)),
             Table("you", you, "Y. Jiacheng, 2025, in Dion and Gram Newton-Schulz", (0.978, 1.145)),
-            Table("modula", tuple((a / 1024, b / 1024, c / 1024) for a, b, c in modula), "Modula, 2025", (0.995, 1.0)),
-            Table("polar_express", express(5), "Polar Express, arXiv 2505.16932", (0.846, 1.125), generate=express),
-            Table("cans", cans(5), "CANS, arXiv 2506.10935", (0.88, 1.12), generate=cans),
-            Table("turbo", turbo, "Turbo-Muon, arXiv 2512.04632", (0.0, 1.05), normalization="aol"),
-            Table("deepseek", (jordan,) * 8 + ((2.0, -1.5, 0.5),) * 2, "DeepSeek-V4", (0.999, 1.003)),
+            Table("modula", modula, "Modula, 2025", (0.996, 0.999)),
+            Table("polar_express", express(5), "Polar Express, arXiv 2505.16932", (0.866, 1.134), generate=express),
+            Table("cans", cans(5), "CANS, arXiv 2506.10935", (0.877, 1.123), generate=cans),
+            Table("turbo", turbo, "Turbo-Muon, arXiv 2512.04632", (0.426, 1.05), normalization="aol"),
+            Table("deepseek", (jordan,) * 8 + ((2.0, -1.5, 0.5),) * 2, "DeepSeek-V4", (1.0, 1.001)),
         )
     }
 

@@ -33,8 +33,8 @@ class LowRankMuon(MatrixOptimizer):
     and `rank=0` with a residual keeps no momentum at all: NS(G). At full rank this is `Muon`.
 
     Whenever the basis is found again, it is found from the momentum as it will be with the gradient at hand, and the
-    momentum is carried into it. For "dct" that is a choice of r columns and a gather. A column that has gathered momentum
-    stays until one outside has more energy in a single gradient, times 1-β: at β = 0.95, few columns change.
+    momentum is carried into it. For "dct" that is a choice of r columns and a gather. A column that has gathered
+    momentum stays until one outside has more energy in a single gradient, times 1-β: at β = 0.95, few columns change.
 
     Args:
         params: as for `Muon`.
@@ -137,7 +137,9 @@ class LowRankMuon(MatrixOptimizer):
         if group["rank"] == 0:
             return Stateless(steered)
         basis = bases.make(group["basis"], group["rank"], "std", shape)
-        if not bases.compresses(basis, shape, moments=1) and group["rank"] != 1.0:
+        # the int 1 is one vector
+        full = isinstance(group["rank"], float) and group["rank"] == 1
+        if not full and not bases.compresses(basis, shape, moments=1):
             return self._momentum(group, steered)
         if group["residual"] is None:
             return self._projected(group, basis, self._momentum(group, steered))

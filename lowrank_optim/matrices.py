@@ -18,6 +18,8 @@ from lowrank_optim.storage import STATE_DTYPES, storage
 
 # Newton–Schulz coefficients as published by Keller Jordan, used five times
 JORDAN = (3.4445, -4.775, 2.0315)
+# the default of `ns_steps`, torch's
+_STEPS = 5
 # what other packages call the numbers of their AdamW groups
 _THEIR_KEYS = {"betas": "fallback_betas", "eps": "fallback_eps"}
 NS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +43,7 @@ class MatrixOptimizer(RuleOptimizer):
             return
         count = len(self.param_groups)
         try:
-            for group in _by_role(param_group):
+            for group in _by_role(param_group, fallback=self.defaults["fallback_lr"] is not None):
                 if group["role"] != "matrix" and self.defaults["fallback_lr"] is not None:
                     group.setdefault("lr", self.defaults["fallback_lr"])
                 super().add_param_group(group)
@@ -98,7 +100,11 @@ def check_spectral(group: Group, *, least_steps: int = 1) -> None:
     if group["adjust_lr_fn"] is not None:
         check_choice(group, "adjust_lr_fn", (*ADJUSTMENTS, NUCLEAR))
     if group["ns_steps"]:
-        table(_hashable(group["ns_coefficients"]), group["ns_steps"])
+        coefficients, steps = _hashable(group["ns_coefficients"]), group["ns_steps"]
+        if steps == _STEPS and isinstance(coefficients, str) and (own := len(table(coefficients))) != _STEPS:
+            # nobody asks for a table of another length by the default
+            require(False, group, "ns_steps", f"{own}, for which {coefficients!r} is made, or another number than 5")
+        table(coefficients, steps)
 
 
 def _hashable(coefficients: Any) -> Any:
@@ -106,14 +112,18 @@ def _hashable(coefficients: Any) -> Any:
     return tuple(map(_hashable, coefficients)) if isinstance(coefficients, list | tuple) else coefficients
 
 
-def _by_role(group: Group) -> list[Group]:
-    """Return the group with a role, or as two groups where it has none and holds both kinds."""
+def _by_role(group: Group, *, fallback: bool) -> list[Group]:
+    """Return the group with a role, or as two groups where it has none and holds both kinds.
+
+    What other packages call AdamW's numbers is renamed in a group for AdamW. With a `fallback`, the lr of a group of
+    both kinds is that of its matrices.
+    """
     if "role" not in group and "use_muon" in group:
         require(isinstance(group["use_muon"], bool), group, "use_muon", "a bool")
-        rest = {_THEIR_KEYS.get(key, key): value for key, value in group.items() if key != "use_muon"}
-        return [{**group, "role": "matrix"} if group["use_muon"] else {**rest, "role": "other"}]
+        group = {**group, "role": "matrix" if group["use_muon"] else "other"}
     if "role" in group:
-        return [dict(group)]
+        theirs = {} if group["role"] == "matrix" else _THEIR_KEYS
+        return [{new if (new := theirs.get(key, key)) not in group else key: value for key, value in group.items()}]
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
     if isinstance(params, set):
         # torch says what is wrong with it
@@ -124,4 +134,10 @@ def _by_role(group: Group) -> list[Group]:
         kinds["vector" if isinstance(p, Tensor) and p.dim() < 2 else "matrix"].append(item)
     if not kinds["matrix"] and not kinds["vector"]:
         return [{**group, "params": [], "role": "matrix"}]
+    if fallback and all(kinds.values()):
+        rest = {key: value for key, value in group.items() if key != "lr"}
+        return [
+            {**group, "params": kinds["matrix"], "role": "matrix"},
+            {**rest, "params": kinds["vector"], "role": "vector"},
+        ]
     return [{**group, "params": items, "role": kind} for kind, items in kinds.items() if items]

@@ -39,7 +39,8 @@ class Muon(MatrixOptimizer):
         ns_coefficients: (a, b, c), a sequence of them, one for each step (the last one repeats), or the name of a table
             ("jordan", "you", "polar_express", ...). Default (3.4445, -4.775, 2.0315) (Jordan).
         eps: U is divided by max(‖U‖_F, eps). Default 1e-7 (torch); 0 keeps tiny gradients at full size.
-        ns_steps: Newton–Schulz steps, 1 to 99. Default 5.
+        ns_steps: Newton–Schulz steps, 1 to 99. Default 5. A named table that is made for another number wants it named;
+            other numbers cut a table or repeat its last triple.
         adjust_lr_fn: γ for m×n. None or "original": √max(1, m/n) (Jordan). "match_rms_adamw": 0.2·√max(m, n), for the
             learning rate of AdamW (Moonlight, arXiv 2502.16982). "rms_to_rms": √(m/n), which others call spectral norm
             (Scion, dion). "nuclear": ⟨O, U⟩, near the nuclear norm of U (PolarGrad, arXiv 2505.21799). "none": 1.

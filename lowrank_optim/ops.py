@@ -158,3 +158,9 @@ def _takes_triton(x: Tensor) -> bool:
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()

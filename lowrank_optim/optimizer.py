@@ -1,6 +1,5 @@
 """The one step loop, the one reload, and the eager, tensor-only state."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -10,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import distributed, ops
 from lowrank_optim._checks import check_choice, check_group
-from lowrank_optim._types import NewState, Rule, State, Tick, compute_dtype
+from lowrank_optim._state import filled, pairs, shapes, with_roles
+from lowrank_optim._types import Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
 
 Group = dict[str, Any]
@@ -26,8 +26,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     """A group is plain data; `_rule` turns it into behaviour; `step` is written once.
 
     State is created with the optimizer, for every parameter that requires a gradient, so that its keys and shapes are
-    the same on every rank and a checkpoint loads before the first step. It is tensors under stable names, moments in
-    float32 (float64 for float64 parameters), `step` a float32 scalar on the CPU.
+    the same on every rank and a checkpoint loads before the first step. It is tensors under stable names, moments as
+    `state_dtype` says ("float32" is float64 for float64 parameters), `step` a float32 scalar on the CPU.
 
     Attributes:
         chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
@@ -97,7 +97,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         turns = self._turns()
         chunks = [(group, *chunk) for group in self.param_groups for chunk in self._chunks(group)]
         for group, rule, params in chunks:
-            with _without_autocast(params[0].device.type):
+            with ops.without_autocast(params[0].device.type):
                 self._update_(rule, params, group, turns)
         return loss
 
@@ -114,15 +114,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         saved: StateDict = {}
 
-        def look(_: torch.optim.Optimizer, loaded: StateDict) -> None:
+        def look(_: torch.optim.Optimizer, loaded: StateDict) -> StateDict:
+            loaded = {**loaded, "param_groups": with_roles(loaded["param_groups"], self.param_groups)}
             self._check_loadable(loaded)
             saved.update(loaded)
+            return loaded
 
         def restore(_: torch.optim.Optimizer) -> None:
-            for pid, p, group in _pairs(saved["param_groups"], self.param_groups):
+            for pid, p, group in pairs(saved["param_groups"], self.param_groups):
                 if saved["state"].get(pid) or p.requires_grad:
                     group = {**self.defaults, **group}
-                    self.state[p] = _filled(self._new_state(p, group), saved["state"].get(pid, {}))
+                    self.state[p] = filled(self._new_state(p, group), saved["state"].get(pid, {}))
 
         # as hooks, after the user's own that prepare the dict and before those that look at the result
         hooks = [
@@ -170,10 +172,24 @@ class RuleOptimizer(torch.optim.Optimizer):
                 buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
             rule = self._rule(group, params[0])
+            self._check_kept(rule, params)
             need = rule.need(params[0].shape) * compute_dtype(params[0]).itemsize
             size = max(1, self.chunk_bytes // max(1, need))
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
+
+    def _check_kept(self, rule: Rule, params: list[Tensor]) -> None:
+        """Raise RuntimeError where a group's numbers ask for another state than is kept; nothing is updated then."""
+        for name, need in rule.init(params[0].shape, shapes(params[0])).items():
+            for p in params:
+                kept = self.state[p].get(name)
+                if kept is None or kept.shape != need.shape or kept.dtype != need.dtype:
+                    have = "missing" if kept is None else f"{kept.dtype} of shape {tuple(kept.shape)}"
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the rank, the state_dtype, the role or another key of a group has "
+                        f"changed since its state was made: {name} is {have}, and needs {need.dtype} of shape "
+                        f"{tuple(need.shape)}; make a new optimizer, or keep the group as it was"
+                    )
 
     def _gradient(self, p: Tensor, *, maximize: bool) -> Tensor:
         assert p.grad is not None
@@ -181,9 +197,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         return -grad if maximize else grad
 
     def _turns(self) -> dict[Tensor, float]:
-        """Spread the matrices evenly over [0, 1), in the order in which they were given."""
-        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
-        return {p: (i + 0.5) / len(matrices) for i, p in enumerate(matrices)}
+        """Spread the matrices, and the vectors, evenly over [0, 1), in the order in which they were given."""
+        kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for group in self.param_groups:
+            for p in group["params"]:
+                kinds[p.dim() > 1].append(p)
+        # vectors have turns of their own: they are not refreshed, but rounded apart by them
+        return {p: (i + 0.5) / len(params) for params in kinds for i, p in enumerate(params)}
 
     def _taken(self, p: Tensor) -> int:
         """Return how many updates `p` has had, reading the tensor only when something else has written to it."""
@@ -218,11 +238,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         recast = False
         if any(value.dtype == other for value in kept.values()):
             # not all that is kept need be in the dtype of the mathematics
-            need = self._rule(group, p).init(p.shape, _shapes(p))
+            need = self._rule(group, p).init(p.shape, shapes(p))
             recast = any(name in need and value.dtype != need[name].dtype for name, value in kept.items())
         if recast or moved:
             lost = any(value.is_meta for value in kept.values())
-            self.state[p] = _filled(self._new_state(p, group), {} if lost else state)
+            self.state[p] = filled(self._new_state(p, group), {} if lost else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:
         for group in loaded["param_groups"]:
@@ -235,7 +255,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             theirs, ours = old.get("param_names") or [], new.get("param_names") or []
             if theirs != ours and sorted(theirs) == sorted(ours):
                 raise ValueError("the saved parameters have the names of these, in another order")
-        for pid, p, group in _pairs(loaded["param_groups"], self.param_groups):
+        for pid, p, group in pairs(loaded["param_groups"], self.param_groups):
             found = loaded["state"].get(pid)
             if not found:
                 continue
@@ -245,7 +265,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             # torch.optim.Muon counts no steps, and momentum needs none
             if "step" not in found and "momentum_buffer" not in found:
                 raise ValueError(f"the saved state of parameter {pid} has no step: is it another optimizer's?")
-            for name, need in self._rule(group, p).init(p.shape, _shapes(p)).items():
+            for name, need in self._rule(group, p).init(p.shape, shapes(p)).items():
                 value = found.get(name)
                 if isinstance(value, Tensor) and _kind(value) != _kind(need):
                     raise ValueError(
@@ -264,35 +284,3 @@ class RuleOptimizer(torch.optim.Optimizer):
 def _kind(x: Tensor) -> torch.dtype | None:
     """Return the dtype of codes, and None for numbers, of which any kind is read."""
     return x.dtype if x.dtype in (torch.int8, torch.uint8) else None
-
-
-def _pairs(saved: list[Group], own: list[Group]) -> Iterator[tuple[Any, Tensor, Group]]:
-    """Yield (saved id, parameter, saved group) in order; torch itself refuses lists that do not match."""
-    for old, new in zip(saved, own, strict=False):
-        for pid, p in zip(old["params"], new["params"], strict=False):
-            yield pid, p, old
-
-
-def _filled(fresh: State, saved: State) -> State:
-    """Return `fresh` with the values of `saved` in it, each in the dtype, layout and placement of `fresh`."""
-    for name, value in fresh.items():
-        if name in saved:
-            # torch's older optimizers keep `step` as a number
-            source = saved[name] if isinstance(saved[name], Tensor) else torch.tensor(float(saved[name]))
-            value.copy_(source.reshape(value.shape))
-    return fresh
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
-
-
-def _shapes(p: Tensor) -> NewState:
-    """Return an allocator of nothing but shapes."""
-
-    def new(shape: Any, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype or compute_dtype(p), device="meta")
-
-    return new

@@ -22,8 +22,8 @@ _GROWTH = 1e5
 _STEEP = 4.5
 # the Gram form saves multiplications from this ratio of the sides on
 _OBLONG = 1.75
-# short sides: up to here Gram matrices of half-precision ones are float32, from there on halves save time
-_SMALL, _HALVES = 128, 512
+# short sides: below the one rounding in half precision leaves no room for it, from the other on halves save time
+_SMALL, _HALVES = 64, 512
 
 
 class Plan(NamedTuple):
@@ -32,8 +32,6 @@ class Plan(NamedTuple):
     method: Literal["newton_schulz", "gram", "eigh"]
     # of X
     dtype: torch.dtype
-    # of what is made of its Gram matrix, where that is not the same
-    recursion: torch.dtype | None = None
     # the steps before which the Gram form begins anew
     restarts: tuple[int, ...] = ()
     # whether symmetric products leave a block out
@@ -146,7 +144,7 @@ def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled
         x = ops.almost_orthogonal(ops.normalized(x, eps=eps, dtype=wide)).to(how.dtype)
     else:
         x = ops.normalized(x, eps=eps, dtype=how.dtype)
-    arithmetic = ops.Halves() if how.halves else ops.Whole(how.recursion)
+    arithmetic = ops.Halves() if how.halves else ops.Whole()
     if how.method == "gram":
         return ops.gram_newton_schulz(x, triples, how.restarts, arithmetic)
     return ops.newton_schulz(x, triples, arithmetic)
@@ -181,23 +179,18 @@ def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str
     if method == "auto":
         # a CPU multiplies float16 a hundred times slower
         dtype = torch.float32 if cpu and dtype == torch.float16 else dtype
-        method = "gram" if _gram_pays(short, long, dtype, device) else "newton_schulz"
+        method = "gram" if _gram_pays(short, long, device) else "newton_schulz"
     if method == "newton_schulz":
         return Plan(method, dtype, halves=cpu and short >= _HALVES)
-    if dtype in _HALF and long < _OBLONG * short:
-        # nothing to save: each step anew is the standard form
-        return Plan(method, dtype, None, tuple(range(1, len(triples))), cpu and short >= _HALVES)
-    if dtype in _HALF and short <= _SMALL:
-        # small matrices have the least room for rounding, and their recursion costs next to nothing
-        return Plan(method, dtype, torch.float32, restarts(triples, once=cpu))
+    if dtype in _HALF and (short < _SMALL or long < _OBLONG * short):
+        # nothing to save, or nothing to spare: anew at each step is the standard form
+        return Plan(method, dtype, tuple(range(1, len(triples))), cpu and short >= _HALVES)
     once = cpu and dtype == torch.float32 and short <= 512 and long >= 4 * short
-    return Plan(method, dtype, None, restarts(triples, once=once), cpu and short >= _HALVES and not once)
+    return Plan(method, dtype, restarts(triples, once=once), cpu and short >= _HALVES and not once)
 
 
-def _gram_pays(short: int, long: int, dtype: torch.dtype, device: str) -> bool:
-    if device == "cpu":
-        return long >= (6 if dtype in _HALF and short <= _SMALL else _OBLONG) * short
-    return device == "cuda" and short >= 256 and long >= _OBLONG * short
+def _gram_pays(short: int, long: int, device: str) -> bool:
+    return long >= _OBLONG * short and (device == "cpu" or (device == "cuda" and short >= 256))
 
 
 def restarts(triples: tuple[Triple, ...], *, once: bool = False) -> tuple[int, ...]:
@@ -217,7 +210,7 @@ def restarts(triples: tuple[Triple, ...], *, once: bool = False) -> tuple[int, .
         return ()
     if max(slopes) > _STEEP:
         return tuple(step for step in range(1, steps) if step != 2 or steps > 5)
-    return tuple(range(3 if steps > 3 else 1, steps, 2))
+    return tuple(range(1, steps, 2))
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -180,17 +180,17 @@ def quantize_(codes: Tensor, scale: Tensor, x: Tensor, *, dither: Tensor | None,
     else:
         y.div_(largest).rsqrt_().rsqrt_()
     torch.add(dither, y, alpha=levels, out=dither)
-    torch.maximum(dither, y.sign_(), out=y)
+    torch.maximum(dither, y.ceil_(), out=y)
     # by way of int16: on a CPU that is faster than straight to uint8
     codes.copy_(y.to(torch.int16))
 
 
 def dither(numel: int, seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Return (len(seeds), numel) float32 of `noise`, uniform in [0, 1) in steps of 2⁻¹³.
+    """Return (len(seeds), numel) float32 of `noise`, uniform in [0, 1) in steps of 2⁻¹².
 
-    They keep 2⁻¹⁴ away from both ends: codes that are read and kept again stay, whatever the last bits of a float are.
+    They keep 2⁻¹³ away from both ends: codes that are read and kept again stay, whatever the last bits of a float are.
     """
-    bits = noise(numel, seeds, device).bitwise_and_(0x7FFC00).bitwise_or_(0x3F800200)
+    bits = noise(numel, seeds, device).bitwise_and_(0x7FF800).bitwise_or_(0x3F800400)
     return bits.view(torch.float32).sub_(1)
 
 

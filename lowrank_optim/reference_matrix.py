@@ -7,7 +7,6 @@ pays.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -32,11 +31,7 @@ class Arithmetic(Protocol):
         ...
 
     def product(self, q: Any, z: Any, a: float) -> Any:
-        """Return Q (a + Z)."""
-        ...
-
-    def congruence(self, r: Any, z: Any, a: float) -> Any:
-        """Return (a + Z) R (a + Z)."""
+        """Return Q (a + Z), rounded once."""
         ...
 
     def shifted(self, z: Any, a: float) -> Any:
@@ -44,7 +39,7 @@ class Arithmetic(Protocol):
         ...
 
     def times(self, z: Any, x: Tensor, a: float) -> Tensor:
-        """Return (a + Z) X."""
+        """Return (a + Z) X, rounded once."""
         ...
 
 
@@ -58,8 +53,9 @@ def newton_schulz(x: Tensor, triples: Sequence[Triple], arithmetic: Arithmetic) 
 def gram_newton_schulz(x: Tensor, triples: Sequence[Triple], restarts: Sequence[int], arithmetic: Arithmetic) -> Tensor:
     """Return what `newton_schulz` does, iterating on the Gram matrix R and on Q, which X is multiplied by in the end.
 
-    A step takes W = a + b·R + c·R² and then Q ← Q W, R ← W R W. What rounding has made of the small eigenvalues of R
-    grows by a² a step, so before the steps in `restarts` X ← Q X, and R is made again.
+    A step takes W = a + b·R + c·R² and then Q ← Q W, R ← R W². What rounding has made of the small eigenvalues of R
+    grows by a² a step, and what it has made of the large ones parts R from X: before the steps in `restarts`
+    X ← Q X, and R is made again.
     """
     for start, stop in pairwise((0, *restarts, len(triples))):
         if stop - start == 1:
@@ -71,8 +67,7 @@ def gram_newton_schulz(x: Tensor, triples: Sequence[Triple], restarts: Sequence[
             z = arithmetic.polynomial(r, b, c)
             q = arithmetic.shifted(z, a) if q is None else arithmetic.product(q, z, a)
             if step + 1 < stop:
-                # in this order: R stays symmetric and its null space null, which R W² would not leave it by rounding
-                r = arithmetic.congruence(r, z, a)
+                r = arithmetic.product(arithmetic.product(r, z, a), z, a)
         x = arithmetic.times(q, x, 0.0)
     return x
 
@@ -114,19 +109,12 @@ def almost_orthogonal(x: Tensor) -> Tensor:
     return torch.mul(x, scale.unsqueeze(-2 if _tall(x) else -1))
 
 
-@dataclass(frozen=True)
 class Whole:
-    """Plain products of whole matrices.
-
-    Args:
-        dtype: of everything made of the Gram matrix, where it is not that of X.
-    """
-
-    dtype: torch.dtype | None = None
+    """Plain products of whole matrices."""
 
     def gram(self, x: Tensor) -> Tensor:
-        """Return X Xᵀ or Xᵀ X, in `dtype`."""
-        return _gram(x if self.dtype is None else x.to(self.dtype))
+        """Return X Xᵀ or Xᵀ X."""
+        return _gram(x)
 
     def polynomial(self, r: Tensor, b: float, c: float) -> Tensor:
         """Return b·R + c·R²."""
@@ -137,18 +125,13 @@ class Whole:
         """Return a·Q + Q Z, rounded once."""
         return torch.baddbmm(q, q, z, beta=a)
 
-    def congruence(self, r: Tensor, z: Tensor, a: float) -> Tensor:
-        """Return (a + Z) R (a + Z)."""
-        once = torch.baddbmm(r, r, z, beta=a)
-        return torch.baddbmm(once, z, once, beta=a)
-
     def shifted(self, z: Tensor, a: float) -> Tensor:
         """Return Z + a."""
         return _shift_(z.clone(), a)
 
     def times(self, z: Tensor, x: Tensor, a: float) -> Tensor:
         """Return a·X + Z X or a·X + X Z, rounded once."""
-        return _times(z.to(x.dtype), x, a)
+        return _times(z, x, a)
 
 
 class Slabs(NamedTuple):
@@ -179,22 +162,6 @@ class Halves:
     def product(self, q: Slabs, z: Slabs, a: float) -> Slabs:
         """Return a·Q + Q Z; Q and Z commute but for rounding, and here they do."""
         return _half_product(q, z, q, a, 1.0)
-
-    def congruence(self, r: Slabs, z: Slabs, a: float) -> Slabs:
-        """Return (a + Z) R (a + Z); here Z and R need not commute."""
-        b, n, h = r.left.shape
-        # R (a + Z) is not symmetric to the last bit, and must not be made so
-        left, right = torch.empty_like(r.left), r.left.new_empty(b, n, n - h)
-        torch.baddbmm(r.left[:, :h], r.left.mT, z.left, beta=a, out=left[:, :h])
-        torch.baddbmm(r.left[:, h:], r.bottom, z.left, beta=a, out=left[:, h:])
-        torch.baddbmm(r.bottom[..., :h].mT, r.left.mT, z.bottom.mT, beta=a, out=right[:, :h])
-        torch.baddbmm(r.bottom[..., h:], r.bottom, z.bottom.mT, beta=a, out=right[:, h:])
-        out = _slabs(b, n, r.left)
-        torch.baddbmm(left[:, :h], z.left.mT, left, beta=a, out=out.left[:, :h])
-        torch.baddbmm(left[:, h:], z.bottom, left, beta=a, out=out.left[:, h:])
-        torch.baddbmm(right[:, h:], z.bottom, right, beta=a, out=out.bottom[..., h:])
-        out.bottom[..., :h].copy_(out.left[:, h:])
-        return out
 
     def shifted(self, z: Slabs, a: float) -> Slabs:
         """Return Z + a."""

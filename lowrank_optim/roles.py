@@ -17,6 +17,8 @@ HEADS = (
 )
 
 _NORMS = ("norm", "rms")
+# what torch.compile, DDP, DataParallel and AveragedModel put before every name of the model that they wrap
+_WRAPPERS = re.compile(r"^((_orig_mod|module)(\.|$))+")
 # transformers' transposed Linear, known by name so that it need not be imported
 _TRANSPOSED = ("Conv1D",)
 
@@ -162,7 +164,7 @@ def _head_ids(model: nn.Module, heads: str) -> set[int]:
         found = [module]
     else:
         pattern = re.compile(heads)
-        found = [m for name, m in model.named_modules() if pattern.search(name)]
+        found = [m for name, m in model.named_modules() if pattern.search(_WRAPPERS.sub("", name))]
     return {id(p) for m in found for p in m.parameters(recurse=False)}
 
 

@@ -53,13 +53,11 @@ class BFloat16:
 
     def read(self, states: Sequence[State], name: str, shape: Sequence[int], dtype: torch.dtype) -> Moments:
         """Return copies."""
-        return [state[name].to(dtype).view(tuple(shape)) for state in states]
+        return torch.stack([state[name] for state in states]).to(dtype).view(len(states), *shape)
 
     def write_(self, states: Sequence[State], name: str, values: Moments, seeds: Sequence[int]) -> None:
         """Round and keep."""
-        rounded = ops.rounded_(_rows(values), torch.bfloat16, seeds)
-        for state, row in zip(states, list(rounded), strict=True):
-            state[name].copy_(row.view_as(state[name]))
+        _scatter(states, name, ops.rounded_(_rows(values), torch.bfloat16, seeds))
 
     def parts(self, state: State, names: Sequence[str], numel: int) -> Iterator[tuple[int, int, State]]:
         """Yield parts."""
@@ -105,21 +103,21 @@ class Blockwise:
         """Decode."""
         numel = math.prod(shape)
         moments = torch.empty(len(states), numel, dtype=torch.float32, device=states[0][name].device)
-        if len(states) == 1:
+        if len(states) > 1 or numel <= ops.part_size(moments.device):
+            self._decode_(moments, states, name)
+        else:
             for start, stop, views in self.parts(states[0], (name,), numel):
                 self._decode_(moments[:, start:stop], [views], name)
-        else:
-            self._decode_(moments, states, name)
         return moments.to(dtype).view(len(states), *shape)
 
     def write_(self, states: Sequence[State], name: str, values: Moments, seeds: Sequence[int]) -> None:
         """Encode."""
         moments = _rows(values)
-        if len(states) == 1:
+        if len(states) > 1 or moments.numel() <= ops.part_size(moments.device):
+            self._encode_(states, name, moments, seeds)
+        else:
             for start, stop, views in self.parts(states[0], (name,), moments.numel()):
                 self._encode_([views], name, moments[:, start:stop], [seeds[0] + start])
-        else:
-            self._encode_(states, name, moments, seeds)
 
     def parts(self, state: State, names: Sequence[str], numel: int) -> Iterator[tuple[int, int, State]]:
         """Yield parts of whole blocks."""
@@ -152,9 +150,8 @@ class Blockwise:
         if self.bits == 4:
             ops.pack_(kept, codes)
         if len(states) > 1:
-            for i, state in enumerate(states):
-                state[name].view(-1).copy_(kept[i])
-                state[f"{name}_scale"].copy_(scale[i])
+            _scatter(states, name, kept)
+            _scatter(states, f"{name}_scale", scale)
 
     def _blocks(self, count: int, numel: int) -> Iterator[tuple[slice, slice, tuple[int, int, int]]]:
         """Yield where in each row the whole blocks and their scales are, and their shape; then the same of the rest."""
@@ -193,8 +190,15 @@ def _rows(values: Moments) -> Tensor:
 
 def _stacked(states: Sequence[State], name: str) -> Tensor:
     """Return what is kept as rows; of a single one it is the very memory."""
-    flat = [state[name].view(-1) for state in states]
-    return torch.stack(flat) if len(flat) > 1 else flat[0].unsqueeze(0)
+    if len(states) == 1:
+        return states[0][name].view(1, -1)
+    return torch.stack([state[name] for state in states]).view(len(states), -1)
+
+
+def _scatter(states: Sequence[State], name: str, rows: Tensor) -> None:
+    """Keep each row."""
+    stored = [state[name] for state in states]
+    torch._foreach_copy_(stored, list(rows.view(len(states), *stored[0].shape).unbind()))
 
 
 def _room(states: Sequence[State], name: str) -> Tensor:

@@ -267,7 +267,7 @@ def test_forked_runs_are_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list((tmp_path / "forked").rglob("*.pt"))
     # a new interpreter gives the same numbers, to the bit
     assert len(list((tmp_path / "forked").rglob("summary.json"))) == 7
-    path = next((tmp_path / "forked").glob("adamw/lr=0.01,betas=0.9_0.95,seed=0-*"))
+    path = next(p for p in (tmp_path / "forked").glob("adamw/lr=0.01,betas=0.9_0.95,seed=0-*") if p.is_dir())
     forked = json.loads((path / "summary.json").read_text())
     process = spawn([f"--config={path / 'config.yaml'}", f"--run_dir={tmp_path / 'alone'}"])
     process.communicate(timeout=60)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = [name for name in vars(lowrank_optim) if not name.startswith("_")]
 
 
-MODULES = ["galore", "muon", "lowrank_muon", "trion", "auon", "steepest", "orthogonal", "coefficients", "memory", "params"]
+CLASSES = ["galore", "muon", "lowrank_muon", "trion", "auon", "steepest"]
+MODULES = [*CLASSES, "orthogonal", "coefficients", "memory", "params"]
 
 
 @pytest.mark.parametrize("module", MODULES)

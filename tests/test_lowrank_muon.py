@@ -154,6 +154,10 @@ def test_a_matrix_whose_coordinates_are_no_smaller_is_muon():
     assert_same_weights(optimizer(rank=8, basis="svd"), lambda params: Muon(params, **HYPER), (10, 24), atol=0)
     # asked for in full, it is turned
     assert "basis_index" in LowRankMuon([p], rank=1.0).state[p]
+    # the int 1 is one vector, not all of them
+    row = nn.Parameter(torch.zeros(1, 64))
+    assert set(LowRankMuon([row], rank=1).state[row]) == {"step", "momentum_buffer"}
+    assert "basis_index" in LowRankMuon([row], rank=1.0).state[row]
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48), (8, 4, 2, 2)])
@@ -448,5 +452,5 @@ def test_a_rank_that_changes_is_refused_with_the_reason(steps, gap, rank, basis)
         opt.step()
     p.grad = torch.randn(60, 8)
     opt.param_groups[0]["rank"] = rank
-    with pytest.raises(RuntimeError, match="the rank or the side of a projected group has changed"):
+    with pytest.raises(RuntimeError, match="has changed since its state was made"):
         opt.step()

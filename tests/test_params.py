@@ -161,6 +161,23 @@ def test_describe_names_what_no_optimizer_would_project():
     assert "not projected" not in param_groups(model, rank=16, split={"0": 2, "1": 2}).describe()
 
 
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))]
+)
+def test_the_head_of_a_wrapped_model_is_its_head(wrap):
+    """`classifier` is one at the top of a model only, and a wrapper puts a name before it."""
+    found = {group["role"]: [name for name, _ in group["params"]] for group in param_groups(wrap(Classifier()))}
+    assert [name.split(".")[-2] for name in found["head"]] == ["classifier"]
+    assert [name.split(".")[-2] for name in found["matrix"]] == ["body"]
+
+
 def test_a_compiled_model_is_routed_as_itself():
     model = Model()
     assert names(param_groups(torch.compile(model), rank=4, targets=r"^layers\.0"))["matrices"] == [

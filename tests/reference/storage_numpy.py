@@ -17,8 +17,8 @@ def noise(numel, seed):
 
 
 def dither(numel, seed):
-    """Return bits 10 to 22 of the noise as numbers in [0, 1), in the middles of steps of 2⁻¹³."""
-    return ((noise(numel, seed) >> 10 & 0x1FFF) + 0.5) / 2**13
+    """Return bits 11 to 22 of the noise as numbers in [0, 1), in the middles of steps of 2⁻¹²."""
+    return ((noise(numel, seed) >> 11 & 0xFFF) + 0.5) / 2**12
 
 
 def grid(bits, signed):

@@ -1,0 +1,41 @@
+"""How a state is allocated, matched and filled when one is loaded."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim._types import NewState, State, compute_dtype
+
+
+def pairs(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+    """Yield (saved id, parameter, saved group) in order; torch itself refuses lists that do not match."""
+    for old, new in zip(saved, own, strict=False):
+        for pid, p in zip(old["params"], new["params"], strict=False):
+            yield pid, p, old
+
+
+def with_roles(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the saved groups; one that says no role, because torch made it, has that of the group it goes to."""
+    roles = [{"role": group["role"]} if "role" in group else {} for group in own]
+    return [{**role, **group} for role, group in zip(roles, saved, strict=True)] if len(roles) == len(saved) else saved
+
+
+def filled(fresh: State, saved: State) -> State:
+    """Return `fresh` with the values of `saved` in it, each in the dtype, layout and placement of `fresh`."""
+    for name, value in fresh.items():
+        if name in saved:
+            # torch's older optimizers keep `step` as a number
+            source = saved[name] if isinstance(saved[name], Tensor) else torch.tensor(float(saved[name]))
+            value.copy_(source.reshape(value.shape))
+    return fresh
+
+
+def shapes(p: Tensor) -> NewState:
+    """Return an allocator of nothing but shapes."""
+
+    def new(shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype or compute_dtype(p), device="meta")
+
+    return new
