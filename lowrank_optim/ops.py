@@ -25,6 +25,7 @@ gram_newton_schulz = reference_matrix.gram_newton_schulz
 newton_schulz = reference_matrix.newton_schulz
 normalized = reference_matrix.normalized
 orthonormalize = reference.orthonormalize
+dct = reference.dct
 quantize_ = reference.quantize_
 dequantize_ = reference.dequantize_
 dither = reference.dither

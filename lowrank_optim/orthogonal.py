@@ -137,6 +137,12 @@ class Spectral:
 
 def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled: bool = False) -> Tensor:
     """Orthogonalize the matrices of `x` (b, m, n) as planned; `scaled` is for tables that want rows scaled first."""
+    if how.halves and len(x) > torch.get_num_threads():
+        # a matrix for each thread: what all of them need stays in the caches
+        out = torch.empty(x.shape, dtype=how.dtype, device=x.device)
+        for part, made in zip(x.split(torch.get_num_threads()), out.split(torch.get_num_threads()), strict=True):
+            made.copy_(run(part, how, triples, eps=eps, scaled=scaled))
+        return out
     if how.method == "eigh":
         return ops.polar(ops.normalized(x, eps=eps, dtype=how.dtype))
     if scaled:
@@ -153,12 +159,8 @@ def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled
 def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str, triples: tuple[Triple, ...]) -> Plan:
     """Choose how matrices of this shape are orthogonalized.
 
-    On a CPU by measurement (2 cores with AVX512-BF16, torch 2.13, 5 Jordan steps, CPU time of both threads, batches of
-    2 to 16; 1 is `torch.optim.Muon`'s own loop in bfloat16):
-
-    | shape     | standard | Gram | Gram, float32 recursion | halves: standard | Gram | float32: standard | Gram |
-    |-----------|----------|------|-------------------------|------------------|------|-------------------|------|
-    | TABLE |
+    On a CPU by measurement (2 cores with AVX512-BF16): `experiments/results/bench_muon_cpu.json` has the whole steps.
+    There batches of symmetric products by halves pay from short sides of 512 on, and float16 does not pay at all.
 
     On a GPU nothing has been measured: there "auto" goes by the count of multiplications, for short sides of 256 and
     more, where products and not launches take the time.

@@ -3,6 +3,8 @@
 A trailing underscore marks what is written in place. Scalars are Python numbers, so nothing here waits for a device.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -107,6 +109,18 @@ def unit(x: Tensor) -> Tensor:
     """Return `x` over its Frobenius norm, so that products of tiny gradients do not underflow."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.div(x, torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=tiny))
+
+
+def dct(x: Tensor, dim: int) -> Tensor:
+    """Return the orthonormal DCT-II of `x` along one dimension of n elements, by one real FFT of n (Makhoul, 1980)."""
+    n = x.size(dim)
+    order, turns = _makhoul(n, x.dtype, x.device)
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    waves = torch.fft.rfft(x.index_select(dim, order), dim=dim).mul_(turns.view(shape))
+    # the upper half are the imaginary parts, backwards
+    upper = waves.imag.narrow(dim, 1, (n - 1) // 2).flip(dim).neg_()
+    return torch.cat([waves.real, upper], dim)
 
 
 def part_size(device: torch.device) -> int:
@@ -255,3 +269,13 @@ def _droppable(x: Tensor, mask: int) -> Tensor:
     """Return the low bits of float32 that a shorter format lacks, and none for NaN and Inf."""
     exponent = 0x7F800000
     return (x.view(torch.int32) & exponent).sub_(exponent).bitwise_right_shift_(31).bitwise_and_(mask)
+
+
+@functools.cache
+def _makhoul(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the order of the input, even elements and then odd ones backwards, and the turns of the output."""
+    order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
+    turns = torch.polar(torch.full_like(k, math.sqrt(2 / n)), -math.pi * k / (2 * n))
+    turns[0] = math.sqrt(1 / n)
+    return order.to(device), turns.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)

@@ -34,6 +34,10 @@ class Arithmetic(Protocol):
         """Return Q (a + Z), rounded once."""
         ...
 
+    def advanced(self, r: Any, w: Any) -> Any:
+        """Return R W²."""
+        ...
+
     def shifted(self, z: Any, a: float) -> Any:
         """Return Z + a."""
         ...
@@ -65,9 +69,11 @@ def gram_newton_schulz(x: Tensor, triples: Sequence[Triple], restarts: Sequence[
         for step in range(start, stop):
             a, b, c = triples[step]
             z = arithmetic.polynomial(r, b, c)
-            q = arithmetic.shifted(z, a) if q is None else arithmetic.product(q, z, a)
+            w = arithmetic.shifted(z, a)
+            q = w if q is None else arithmetic.product(q, z, a)
             if step + 1 < stop:
-                r = arithmetic.product(arithmetic.product(r, z, a), z, a)
+                # with the W that Q has, rounded as it is: R goes with what X will be
+                r = arithmetic.advanced(r, w)
         x = arithmetic.times(q, x, 0.0)
     return x
 
@@ -99,7 +105,11 @@ def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     else:
         least = torch.full((), eps, dtype=wide.dtype, device=wide.device)
     norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-    return wide.mul(torch.maximum(norm, least).reciprocal_()).to(dtype)
+    scale = torch.maximum(norm, least).reciprocal_()
+    if dtype == wide.dtype or type(wide) is not Tensor:
+        return wide.mul(scale).to(dtype)
+    # in one pass
+    return torch.mul(wide, scale, out=torch.empty(wide.shape, dtype=dtype, device=wide.device))
 
 
 def almost_orthogonal(x: Tensor) -> Tensor:
@@ -125,6 +135,10 @@ class Whole:
         """Return a·Q + Q Z, rounded once."""
         return torch.baddbmm(q, q, z, beta=a)
 
+    def advanced(self, r: Tensor, w: Tensor) -> Tensor:
+        """Return R W²."""
+        return r @ w @ w
+
     def shifted(self, z: Tensor, a: float) -> Tensor:
         """Return Z + a."""
         return _shift_(z.clone(), a)
@@ -147,11 +161,16 @@ class Halves:
     def gram(self, x: Tensor) -> Slabs:
         """Return X Xᵀ or Xᵀ X."""
         rows = x.mT if _tall(x) else x
-        out, h = _slabs(len(x), rows.size(-2), x), rows.size(-2) // 2
-        # one at a time: batched products copy operands that are slices
+        n, h = rows.size(-2), rows.size(-2) // 2
+        out = _slabs(len(x), n, x)
+        # one at a time, as batched products copy operands that are slices; and in strips, of which only what is on and
+        # left of the diagonal is computed
         for i, matrix in enumerate(rows):
-            torch.mm(matrix[:h], matrix[:h].T, out=out.left[i, :h])
-            torch.mm(matrix[h:], matrix.T, out=out.bottom[i])
+            for slab, start, stop in ((out.left[i], 0, h), (out.bottom[i], h, n)):
+                middle = (start + stop) // 2
+                for low, high in ((start, middle), (middle, stop)):
+                    torch.mm(matrix[low:high], matrix[:high].T, out=slab[low - start : high - start, :high])
+                slab[: middle - start, middle:stop].copy_(slab[middle - start :, start:middle].T)
         out.left[:, h:].copy_(out.bottom[..., :h])
         return out
 
@@ -163,10 +182,25 @@ class Halves:
         """Return a·Q + Q Z; Q and Z commute but for rounding, and here they do."""
         return _half_product(q, z, q, a, 1.0)
 
+    def advanced(self, r: Slabs, w: Slabs) -> Slabs:
+        """Return W R W, which is symmetric whatever rounding has done to R and W."""
+        b, n, h = r.left.shape
+        # R W is not symmetric to the last bit: all four blocks of it
+        left, right = torch.empty_like(r.left), r.left.new_empty(b, n, n - h)
+        torch.bmm(r.left.mT, w.left, out=left[:, :h])
+        torch.bmm(r.bottom, w.left, out=left[:, h:])
+        torch.bmm(r.left.mT, w.bottom.mT, out=right[:, :h])
+        torch.bmm(r.bottom, w.bottom.mT, out=right[:, h:])
+        out = _slabs(b, n, r.left)
+        torch.bmm(w.left.mT, left, out=out.left[:, :h])
+        torch.bmm(w.bottom, left, out=out.left[:, h:])
+        torch.bmm(w.bottom, right, out=out.bottom[..., h:])
+        out.bottom[..., :h].copy_(out.left[:, h:])
+        return out
+
     def shifted(self, z: Slabs, a: float) -> Slabs:
         """Return Z + a."""
-        h = z.left.size(-1)
-        out = Slabs(z.left.clone(), z.bottom.clone())
+        h, out = z.left.size(-1), Slabs(z.left.clone(), z.bottom.clone())
         _shift_(out.left[:, :h], a)
         _shift_(out.bottom[..., h:], a)
         return out

@@ -322,3 +322,17 @@ def test_rank_and_side(rank, proj_type, shape, expected):
         assert make("dct", rank, proj_type, shape) == DCT(*expected, shape[1 if expected[1] == "right" else 0])
     assert make("svd", rank, proj_type, shape) == SVD(*expected)
     assert make("subspace", rank, proj_type, shape) == SubspaceIteration(*expected)
+
+
+@pytest.mark.parametrize("size", [64, 65, 70, 96, 127, 128, 343, 512])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_the_fast_transform_is_the_product(size, side, dtype, bound):
+    generator = torch.Generator().manual_seed(size)
+    matrix = torch.randn(size, 37, generator=generator, dtype=torch.float64)
+    matrix = matrix if side == "left" else matrix.mT
+    columns = dct_matrix(size, torch.float64, torch.device("cpu"))
+    wanted = columns.mT @ matrix if side == "left" else matrix @ columns
+    found = DCT(3, side, size).transform(matrix.to(dtype))
+    assert found.dtype == dtype
+    assert (found.double() - wanted).norm() <= bound * wanted.norm()
