@@ -166,7 +166,7 @@ class Halves:
         # one at a time, as batched products copy operands that are slices; and in strips, of which only what is on and
         # left of the diagonal is computed
         for i, matrix in enumerate(rows):
-            for slab, start, stop in ((out.left[i], 0, h), (out.bottom[i], h, n)):
+            for slab, start, stop in ((out.left[i, :h], 0, h), (out.bottom[i], h, n)):
                 middle = (start + stop) // 2
                 for low, high in ((start, middle), (middle, stop)):
                     torch.mm(matrix[low:high], matrix[:high].T, out=slab[low - start : high - start, :high])
