@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from lowrank_optim import orthogonalize
 from lowrank_optim.coefficients import REGISTRY, table
+from lowrank_optim.orthogonal import Plan, Spectral, plan
+from lowrank_optim.reference_matrix import Halves, Whole, gram_newton_schulz, newton_schulz
 
 TABLES = [name for name, entry in REGISTRY.items() if entry.normalization == "frobenius"]
 METHODS = ["newton_schulz", "gram", "auto"]
@@ -243,3 +245,165 @@ def test_a_floor_for_the_norm_as_in_torch():
     for a, b, c in table("you"):
         s = s * (a + b * s**2 + c * s**4)
     torch.testing.assert_close(made, (u * s) @ vh, rtol=0, atol=1e-12)
+
+
+def alike(m, n):
+    """Matrices of one direction, or two, with entries that are alike: what rounding does to them adds up."""
+    generator = torch.Generator().manual_seed(8)
+    column, row = (0.1 + torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in ((m, 1), (1, n)))
+    blocks = torch.zeros(m, n, dtype=torch.float64)
+    blocks[: m // 2, : n // 2] = 1
+    blocks[m // 2 :, n // 2 :] = 1
+    return {
+        "ones": torch.ones(m, n, dtype=torch.float64),
+        "positive rank one": column @ row,
+        "signs": gaussian(m, 1, seed=9).sign() @ gaussian(1, n, seed=10).sign(),
+        "blocks": blocks,
+        "mean and noise": torch.ones(m, n, dtype=torch.float64) + 0.01 * gaussian(m, n, seed=11),
+        **one_sided(m, n),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_rounding_that_adds_up_leaves_the_output_range_and_the_direction(name, method):
+    """Five steps of a Gram form in one group, its iteration in float32 or not, turn some of these around."""
+    for shape in ((64, 128), (73, 292), (330, 163), (118, 472), (520, 930)):
+        for kind, x in alike(*shape).items():
+            made = orthogonalize(x.bfloat16(), method=method, coefficients=name).double()
+            assert torch.linalg.matrix_norm(made.float(), 2) < 1.05 * REGISTRY[name].output_range[1], (kind, shape)
+            nuclear = torch.linalg.svdvals(x).sum()
+            assert (made * x).sum() > 0.5 * nuclear, (kind, shape)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_gram_in_float32_on_the_stress_spectra(name):
+    for kind, x in stress(96, 160).items():
+        x = x.float()
+        wanted = oracle(x, table(name))
+        standard, gram = (
+            error(orthogonalize(x, method=method, coefficients=name), wanted) for method in ("newton_schulz", "gram")
+        )
+        assert gram <= 3 * standard, kind
+
+
+@given(
+    b=st.integers(1, 3),
+    short=st.integers(2, 24),
+    more=st.integers(0, 12),
+    tall=st.booleans(),
+    name=st.sampled_from(["jordan", "you", "polar_express"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_halves_are_wholes(b, short, more, tall, name):
+    x = gaussian(b, short, short + more)
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True)).mT.contiguous() if tall else x / x.norm()
+    triples = table(name)
+    for halves, whole in (
+        (newton_schulz(x, triples, Halves()), newton_schulz(x, triples, Whole())),
+        *((gram_newton_schulz(x, triples, r, Halves()), gram_newton_schulz(x, triples, r, Whole())) for r in [(1, 3)]),
+    ):
+        assert halves.shape == x.shape
+        torch.testing.assert_close(halves, whole, rtol=0, atol=1e-9)
+
+
+def test_large_matrices_are_stacked_too():
+    x = gaussian(3, 512, 520).float()
+    made = orthogonalize(x, coefficients="jordan", steps=2)
+    for one, matrix in zip(made, x, strict=True):
+        assert error(one, oracle(matrix, table("jordan", 2))) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 2, 8, 8)])
+def test_turbo_scales_the_short_side_first(method, shape):
+    x = gaussian(*shape)
+    g = x / torch.linalg.matrix_norm(x, keepdim=True)
+    rows = g.mT if shape[-2] > shape[-1] else g
+    rows = rows / (rows @ rows.mT).abs().sum(-1, keepdim=True).sqrt()
+    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    assert s.max() <= 1 + 1e-12
+    for a, b, c in table("turbo"):
+        s = s * (a + b * s**2 + c * s**4)
+    wanted = (u * s.unsqueeze(-2)) @ vh
+    wanted = wanted.mT if shape[-2] > shape[-1] else wanted
+    assert error(orthogonalize(x, method=method, coefficients="turbo"), wanted) < 1e-11
+    assert error(orthogonalize(x.float(), method=method, coefficients="turbo"), wanted) < 1e-5
+    zeros = x.clone()
+    zeros[..., 0, :] = 0
+    assert orthogonalize(zeros, method=method, coefficients="turbo")[..., 0, :].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_cubics_need_no_square(method, dtype, bound):
+    triples = ((1.5, -0.5, 0.0),) * 6
+    x = gaussian(70, 160)
+    assert error(orthogonalize(x.to(dtype), method=method, coefficients=triples), oracle(x.to(dtype), triples)) < bound
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [*METHODS, "eigh"])
+def test_what_is_not_finite_stays_with_its_matrix(method, value):
+    x = gaussian(3, 6, 9)
+    wanted = orthogonalize(x, method=method)
+    x[1, 2, 3] = value
+    made = orthogonalize(x, method=method)
+    assert made[1].isnan().all()
+    torch.testing.assert_close(made[::2], wanted[::2], rtol=0, atol=1e-12)
+
+
+def test_float16_on_a_cpu_is_computed_in_float32():
+    x = gaussian(20, 50).half()
+    assert error(orthogonalize(x), oracle(x, table("you"))) < 5e-4
+
+
+def test_the_dtype_of_spectral_is_that_of_the_products_and_of_the_result():
+    x = 1e8 * gaussian(40, 90).float()
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        made = Spectral(dtype=dtype)(x)
+        assert made.dtype == dtype
+        assert error(made, oracle(x, table("you"))) < 2e-2
+    assert Spectral(dtype=torch.float16) == Spectral(dtype=torch.float16)
+    with pytest.raises(ValueError, match="Invalid dtype: torch.int8"):
+        Spectral(dtype=torch.int8)
+
+
+def test_plans():
+    jordan, express = table("jordan"), table("polar_express")
+    half, full = torch.bfloat16, torch.float32
+
+    def auto(shape, dtype, device="cpu", triples=jordan):
+        return plan("auto", shape, dtype, device, triples)
+
+    assert auto((512, 512), half) == Plan("newton_schulz", half, halves=True)
+    assert auto((1376, 512), half) == Plan("gram", half, (1, 3), halves=True)
+    assert auto((128, 1376), half) == Plan("gram", half, (1, 3))
+    assert auto((128, 1376), half, triples=express) == Plan("gram", half, (1, 3, 4))
+    assert auto((128, 160), half) == Plan("newton_schulz", half)
+    # all steps at once, where float32 allows it
+    assert auto((128, 1376), full) == Plan("gram", full)
+    assert auto((128, 1376), full, triples=express) == Plan("gram", full, (1, 3, 4))
+    assert auto((600, 4000), full) == Plan("gram", full, (1, 3), halves=True)
+    assert auto((128, 512), torch.float16) == Plan("gram", full)
+    # where rounding has no room, or there is nothing to save, the Gram form is the standard one
+    assert plan("gram", (32, 128), half, "cpu", jordan).restarts == (1, 2, 3, 4)
+    assert plan("gram", (512, 600), half, "cpu", jordan).restarts == (1, 2, 3, 4)
+    assert plan("gram", (32, 128), torch.float64, "cpu", jordan).restarts == (1, 3)
+    # other devices: by the count of multiplications, and only what they know
+    assert auto((512, 2048), torch.float16, "cuda") == Plan("gram", torch.float16, (1, 3))
+    assert auto((128, 2048), half, "cuda") == Plan("newton_schulz", half)
+    assert auto((512, 2048), half, "other") == Plan("newton_schulz", half)
+    assert plan("eigh", (4, 4), half, "cpu", jordan) == Plan("eigh", torch.float64)
+    assert plan("eigh", (4, 4), half, "mps", jordan) == Plan("eigh", torch.float32)
+
+
+def test_subclasses_and_the_random_generator_are_left_alone():
+    class Named(torch.Tensor):
+        pass
+
+    x = gaussian(8, 30)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(orthogonalize(x.as_subclass(Named)).as_subclass(torch.Tensor), orthogonalize(x))
+    torch.testing.assert_close(orthogonalize(torch.nn.Parameter(x)), orthogonalize(x))
+    assert torch.equal(torch.get_rng_state(), state)
