@@ -140,7 +140,8 @@ def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled
     if how.halves and len(x) > torch.get_num_threads():
         # a matrix for each thread: what all of them need stays in the caches
         out = torch.empty(x.shape, dtype=how.dtype, device=x.device)
-        for part, made in zip(x.split(torch.get_num_threads()), out.split(torch.get_num_threads()), strict=True):
+        size = torch.get_num_threads()
+        for part, made in zip(torch.split(x, size), torch.split(out, size), strict=True):
             made.copy_(run(part, how, triples, eps=eps, scaled=scaled))
         return out
     if how.method == "eigh":
