@@ -1,8 +1,14 @@
 """Memory-efficient optimizers for PyTorch: one composition of basis, rule and storage."""
 
+from lowrank_optim.allocation import Ranks as Ranks
+from lowrank_optim.allocation import allocate_ranks as allocate_ranks
+from lowrank_optim.apollo import APOLLOAdamW as APOLLOAdamW
 from lowrank_optim.auon import AuON as AuON
 from lowrank_optim.coefficients import polar_express_coefficients as polar_express_coefficients
+from lowrank_optim.dct import DCTAdamW as DCTAdamW
+from lowrank_optim.fira import FiraAdamW as FiraAdamW
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
+from lowrank_optim.ldadam import LDAdamW as LDAdamW
 from lowrank_optim.lowrank_muon import LowRankMuon as LowRankMuon
 from lowrank_optim.memory import MemoryMeter as MemoryMeter
 from lowrank_optim.memory import StateBytes as StateBytes

@@ -12,7 +12,11 @@ Role = Literal["matrix", "embedding", "head", "other", "vector"]
 # keys of other libraries' groups and of `param_groups`, accepted also by an optimizer to which they mean nothing
 _IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr", "role", "split", "flatten"}
 # keys of one optimizer of this package, whose meaning would be lost silently in another
-_PARTICULAR = {"momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"}
+_PARTICULAR = {
+    *("momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"),
+    *("carry", "adaptive_overlap", "residual_scale", "ranking", "column_ages", "error_feedback", "scale_type", "rho"),
+    *("norm_growth", "published_code"),
+}
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")
 
 
@@ -51,10 +55,42 @@ def check_projection(group: dict[str, Any], *, proj_types: tuple[str, ...], base
         check_rank(group)
     gap = group["update_proj_gap"]
     require(_whole(gap) and gap >= 1, group, "update_proj_gap", "an int >= 1")
-    require(_number(group["scale"]), group, "scale", "a finite number")
-    require(group["proj_type"] in proj_types, group, "proj_type", f"one of {', '.join(proj_types)}")
-    require(group["basis"] in bases, group, "basis", f"one of {', '.join(bases)}")
+    check_choice(group, "proj_type", proj_types)
+    check_choice(group, "basis", bases)
     require(isinstance(group["stagger"], bool), group, "stagger", "a bool")
+    # not keys of all
+    if "scale" in group:
+        require(_number(group["scale"]), group, "scale", "a finite number")
+
+
+def check_adaptive(group: dict[str, Any]) -> None:
+    """Raise ValueError unless the overlap that lengthens a period is None or a share of a subspace."""
+    overlap = group["adaptive_overlap"]
+    require(overlap is None or (_number(overlap) and 0 < overlap <= 1), group, "adaptive_overlap", "None or in (0, 1]")
+
+
+def check_residual(group: dict[str, Any], residuals: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that says what becomes of the rest of a gradient and is out of its range."""
+    known = ("None", *map(repr, residuals))
+    require(group["residual"] is None or group["residual"] in residuals, group, "residual", " or ".join(known))
+    share = group["residual_scale"]
+    require(share is None or _number(share), group, "residual_scale", "None or a finite number")
+
+
+def check_one_side(group: dict[str, Any], why: str) -> None:
+    """Raise ValueError where coordinates have no side of the matrix left."""
+    require(group["proj_type"] != "full", group, "proj_type", f"another than 'full': {why}")
+
+
+def check_share(group: dict[str, Any], key: str) -> None:
+    """Raise ValueError unless the value is a number from 0 to 1."""
+    require(_number(group[key]) and 0 <= group[key] <= 1, group, key, "a number in [0, 1]")
+
+
+def check_growth(group: dict[str, Any], key: str) -> None:
+    """Raise ValueError unless the value is None or a factor of growth."""
+    growth = group[key]
+    require(growth is None or (_number(growth) and growth >= 1), group, key, "None or a number >= 1")
 
 
 def check_rank(group: dict[str, Any], least: int = 1) -> None:
@@ -94,9 +130,13 @@ def check_momentum(group: dict[str, Any]) -> None:
     """Raise ValueError for a value that says how momentum is kept and is out of its range."""
     beta = group["momentum"]
     require(_number(beta) and 0 <= beta < 1, group, "momentum", "a number in [0, 1)")
-    for key in ("nesterov", "flatten", "cautious"):
-        if key in group:
-            require(isinstance(group[key], bool), group, key, "a bool")
+    require(isinstance(group.get("nesterov", False), bool), group, "nesterov", "a bool")
+    check_layout(group)
+
+
+def check_layout(group: dict[str, Any]) -> None:
+    """Raise ValueError for a value that says which matrices a parameter holds and is out of its range."""
+    require(isinstance(group.get("flatten", True), bool), group, "flatten", "a bool")
     if group.get("split") is not None:
         split = group["split"]
         sizes = [split] if _whole(split) else split

@@ -35,7 +35,7 @@ def filled(fresh: State, saved: State) -> State:
 def shapes(p: Tensor) -> NewState:
     """Return an allocator of nothing but shapes."""
 
-    def new(shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    def new(shape: Any, dtype: torch.dtype | None = None, *, host: bool = False) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype or compute_dtype(p), device="meta")
 
     return new

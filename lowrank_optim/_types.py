@@ -12,6 +12,8 @@ Side = Literal["left", "right", "both"]
 # the same moment of several parameters, which may be one tensor
 Moments = Sequence[Tensor] | Tensor
 _WORD = (1 << 64) - 1
+# state that the host reads at each step, and that is on the CPU therefore
+HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due"})
 
 
 class Factored(NamedTuple):
@@ -43,8 +45,11 @@ class Tick(NamedTuple):
 class NewState(Protocol):
     """Allocates one zeroed state tensor where the parameter lives, placed as the parameter is placed."""
 
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Return zeros; `dtype` None means the dtype in which the mathematics runs."""
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, host: bool = False) -> Tensor:
+        """Return zeros; `dtype` None means the dtype in which the mathematics runs.
+
+        With `host` they are on the CPU wherever the parameter is, for numbers that the host reads at each step.
+        """
         ...
 
 
@@ -86,22 +91,67 @@ class Direction(Protocol):
         ...
 
 
+class Move(Protocol):
+    """What coordinates in the basis that was become in the basis that is."""
+
+    def first(self, moment: Tensor) -> Tensor:
+        """Return a moment that is a sum of gradients, in the basis that is."""
+        ...
+
+    def second(self, moment: Tensor, first: Tensor, unbias: tuple[float, float]) -> Tensor:
+        """Return a mean of squares, in the basis that is.
+
+        Args:
+            moment: mean of squares, in the basis that was.
+            first: mean, in the basis that was.
+            unbias: what `first` and `moment` are divided by to be means.
+        """
+        ...
+
+    def columns(self, numbers: Tensor) -> Tensor:
+        """Return one number for each direction, zero where it is a new one."""
+        ...
+
+
 class Basis(Protocol):
-    """An r-dimensional subspace that an m×n matrix is looked at from."""
+    """An r-dimensional subspace that an m×n matrix is looked at from.
+
+    What sets a basis takes a seed, for those that draw it at random, and returns the coordinates of the gradient where
+    they have come about by the way.
+    """
 
     # whether a refresh needs a gradient that is finite and not zero, and so one look by the host
     guarded: ClassVar[bool]
 
-    def init(self, shape: tuple[int, int], new: NewState) -> State:
-        """Allocate the basis of an m×n matrix, all zeros."""
+    @property
+    def side(self) -> Side:
+        """Return what is looked at through the basis."""
         ...
 
-    def start_(self, state: State, grad: Tensor) -> None:
+    def init(self, shape: tuple[int, int], new: NewState) -> State:
+        """Allocate the basis of an m×n matrix, all zeros, under names that begin with `basis`."""
+        ...
+
+    def start_(self, state: State, grad: Tensor, seed: int) -> Tensor | None:
         """Set the first basis from this gradient alone, at the price of a few products."""
         ...
 
-    def refresh_(self, state: State, grad: Tensor) -> None:
+    def refresh_(self, state: State, grad: Tensor, seed: int) -> Tensor | None:
         """Set the basis again by this basis's own method; it may read the one it replaces."""
+        ...
+
+    def follow_(
+        self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float], seed: int
+    ) -> Tensor | None:
+        """Set the basis again from a sum of a moment, kept in coordinates, and this gradient.
+
+        Args:
+            state: holds the basis.
+            grad: the gradient, m×n.
+            moment: coordinates in the basis that is replaced.
+            weights: of the moment and of the gradient.
+            seed: as for `refresh_`.
+        """
         ...
 
     def project(self, state: State, grad: Tensor) -> Tensor:
@@ -112,20 +162,12 @@ class Basis(Protocol):
         """Return the m×n matrix that has these coordinates."""
         ...
 
-    def follow_(
-        self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float]
-    ) -> tuple[Tensor, Tensor]:
-        """Set the basis again from a moment kept in coordinates as it will be with this gradient.
+    def move(self, old: State, state: State) -> Move:
+        """Return what takes coordinates in the basis of `old` to that of `state`."""
+        ...
 
-        Args:
-            state: holds the basis.
-            grad: the gradient, m×n.
-            moment: coordinates in the basis that is replaced.
-            weights: of the moment and of the gradient.
-
-        Returns:
-            In the new basis, the coordinates of the gradient, and those of what of the moment lies in it.
-        """
+    def overlap(self, old: State, state: State) -> Tensor | None:
+        """Return which share of the one subspace lies in the other, in [0, 1]: ‖P_newᵀ P_old‖² / r; None if unknown."""
         ...
 
     def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -170,19 +212,52 @@ class Rule(Protocol):
 
 
 class Portable(Rule, Protocol):
-    """A rule whose one moment can be taken from one basis to another."""
+    """A rule whose moments can be taken from one basis to another."""
 
     def moment(self, state: State, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the moment in its shape and in the dtype of the mathematics; it may be the stored tensor itself."""
+        """Return the first moment in its shape and in the dtype of the mathematics; it may be the stored tensor."""
         ...
 
-    def keep_(self, state: State, moment: Tensor, tick: Tick) -> None:
-        """Put `moment` in the place of the moment kept."""
+    def mean(self, tick: Tick) -> float:
+        """Return the number that makes the first moment, as it was before this step, a mean of gradients."""
         ...
+
+    def moved_updates(
+        self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None]
+    ) -> list[Update | None]:
+        """Move the moments where there is a move, then do what `updates` does."""
+        ...
+
+
+class Look(NamedTuple):
+    """What is known of a matrix in one step, once it has been looked at through its basis."""
+
+    matrix: Tensor  # m×n; the gradient, or what was looked at in its place
+    coords: Tensor
+    direction: Tensor  # what the inner rule has made of the coordinates; may be written to
+    tick: Tick
+    # the first moment before and after a move, lifted; empty where nothing has moved
+    lost: Sequence[Update] = ()
+
+
+class Residual(Protocol):
+    """What becomes of the part of a gradient that its basis does not see, and so of the gradient as a whole."""
 
     @property
-    def weights(self) -> tuple[float, float]:
-        """Return the weights of the moment and of the gradient in what the moment becomes."""
+    def recovers(self) -> float:
+        """Return how much of what the first moment loses in a move is to be given back; see `ErrorFeedback`."""
+        ...
+
+    def init(self, shape: tuple[int, int], new: NewState) -> State:
+        """Allocate what is kept for an m×n matrix."""
+        ...
+
+    def seen(self, state: State, grad: Tensor) -> Tensor:
+        """Return what is looked at in the gradient's place."""
+        ...
+
+    def update_(self, basis: Basis, state: State, look: Look) -> Update:
+        """Return what to subtract from the weight, and keep what is for later."""
         ...
 
 

@@ -27,8 +27,10 @@ def allocator(like: Tensor, owner: str) -> NewState:
         owner: the optimizer's name, for the message.
     """
 
-    def new(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    def new(shape: Sequence[int], dtype: torch.dtype | None = None, *, host: bool = False) -> Tensor:
         dtype = dtype or compute_dtype(like)
+        if host:
+            return torch.zeros(tuple(shape), dtype=dtype, device="cpu")
         if not is_sharded(like):
             return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
         if tuple(shape) == tuple(like.shape):

@@ -1,25 +1,24 @@
 """GaLore: Adam on the coordinates of the gradient in a low-rank basis."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim._checks import check_projection
-from lowrank_optim._types import Rule, matrix_shape
-from lowrank_optim._warn import warn_once
-from lowrank_optim.bases import PROJ_TYPES, SVD, SubspaceIteration, compresses, resolve
-from lowrank_optim.optimizer import Group, RuleOptimizer
-from lowrank_optim.rules import Adam, Projected
+from lowrank_optim import bases
+from lowrank_optim._checks import check_adaptive, check_choice, check_one_side, check_residual
+from lowrank_optim._types import Basis, Residual
+from lowrank_optim.optimizer import Group
+from lowrank_optim.projected import ProjectedAdamW
+from lowrank_optim.residuals import GROWTH, Drop, ErrorFeedback, Fira, Limiter, SignDescent
+from lowrank_optim.rules import CARRIES, Carry, Projected
+from lowrank_optim.schedule import Adaptive, Schedule
 from lowrank_optim.storage import storage
 
-_BASES: dict[str, type[SVD] | type[SubspaceIteration]] = {"svd": SVD, "subspace": SubspaceIteration}
-
-# the smallest of the paper's, where nobody says another
-_RANK = 128
+RESIDUALS = ("error_feedback", "fira", "sign")
 
 
-class GaLoreAdamW(RuleOptimizer):
+class GaLoreAdamW(ProjectedAdamW):
     r"""AdamW whose moments are kept in a rank-r basis of each gradient matrix.
 
     For a gradient G (m×n) with m ≥ n, and V_r (n×r) the leading right singular vectors of an earlier gradient:
@@ -46,10 +45,21 @@ class GaLoreAdamW(RuleOptimizer):
         scale: α. Default 0.25 (the paper, pre-training).
         proj_type: "std" compresses the short side, "reverse_std" the long one, "left" and "right" the one named,
             "full" both. Default "std".
-        basis: "svd", or "subspace": warm-started block power iteration, two thin products and a thin QR in the place
-            of a decomposition. Default "svd".
+        basis: "svd"; "rsvd", the same but for a random sketch; "subspace": warm-started block power iteration, two thin
+            products and a thin QR in the place of a decomposition; "random" orthonormal; or columns of a fixed basis
+            with most energy, of which only indices are kept: "dct", "hadamard" (sides that are powers of two) and
+            "identity". Default "svd".
         stagger: give each matrix its own turn within the period, after a cheap first basis for all, so that no step
             stalls. False refreshes all at steps 0, gap, 2·gap, ..., as galore-torch does. Default True.
+        carry: what moments do when their basis moves: "keep" (GaLore), "reset" to zero, with their bias correction
+            (FRUGAL), or "rotate" with it (LDAdam; columns of a fixed basis are gathered). Default "keep".
+        residual: what becomes of the part of a gradient outside its basis: None drops it (GaLore), "error_feedback"
+            adds it to the next gradient, "fira" scales it as Adam scales what is inside, "sign" descends along its
+            signs (FRUGAL). Default None.
+        residual_scale: c, the factor on that part in the update, for "fira" and "sign". Default None, that is α.
+        adaptive_overlap: share of a subspace, in (0, 1], that a refresh must find again to double the matrix's own
+            period, up to 16 times `update_proj_gap`; at less, the period is `update_proj_gap` again. Default None: all
+            periods are alike.
         state_dtype: how moments are kept: "float32", "bfloat16" (rounded stochastically), "int8" (in blocks of 256) or
             "int4" (in blocks of 64). Default "float32".
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, with their exact value as mean,
@@ -58,8 +68,8 @@ class GaLoreAdamW(RuleOptimizer):
 
     Vectors are AdamW, and so is a matrix whose projected state would not be smaller than AdamW's (`rank=1.0` asks for
     the full rotation and gets it). Parameters of more than two dimensions are matrices by `flatten(1)`, as suits
-    convolutions; the group keys `split` and `flatten` mean nothing here, so stacked experts (e, m, n) are better left
-    in a group without a rank.
+    convolutions; the group keys `split` (fused query, key and value) and `flatten=False` (stacked experts) make them
+    several matrices, each with a basis, moments and a count of steps of its own.
 
     Raises:
         ValueError: for an argument out of its range, or a group key that looks misspelt.
@@ -68,7 +78,9 @@ class GaLoreAdamW(RuleOptimizer):
 
     State bytes of a projected m×n matrix for "std": 2·B(r·max(m, n)) + 4·r·min(m, n) + 4, the last for `step`, where a
     moment of k elements takes B(k) = 4·k in float32, 2·k in bfloat16, k + 4·⌈k/256⌉ in int8 and ⌈k/2⌉ + 4·⌈k/64⌉ in
-    int4; the basis stays float32. AdamW keeps 2·B(m·n) + 4. Temporaries of a step: see `RuleOptimizer.chunk_bytes`.
+    int4; the basis stays float32. Columns of a fixed basis are 4·r in its place. Error feedback adds 4·m·n, "fira" 4,
+    "reset" 4·r, an adaptive period 16. AdamW keeps 2·B(m·n) + 4. Temporaries of a step: see
+    `RuleOptimizer.chunk_bytes`.
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv 2403.03507.
 
@@ -80,6 +92,8 @@ class GaLoreAdamW(RuleOptimizer):
         >>> model(torch.randn(4, 64)).square().mean().backward()
         >>> opt.step()
     """
+
+    usual_rank: ClassVar[int | float] = 128  # the smallest of the paper's
 
     def __init__(
         self,
@@ -93,40 +107,49 @@ class GaLoreAdamW(RuleOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std",
-        basis: Literal["svd", "subspace"] = "svd",
+        basis: str = "svd",
         stagger: bool = True,
+        carry: Carry = "keep",
+        residual: str | None = None,
+        residual_scale: float | None = None,
+        adaptive_overlap: float | None = None,
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
         maximize: bool = False,
     ) -> None:
-        if rank is None and params is not None and not isinstance(params, Tensor):
-            params = cast("ParamsT", list(params))
-            rank = None if any(isinstance(p, dict) for p in params) else _RANK
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
+        where = {"rank": rank, "proj_type": proj_type, "basis": basis, "scale": scale}
+        when = {"update_proj_gap": update_proj_gap, "stagger": stagger, "adaptive_overlap": adaptive_overlap}
+        rest = {"carry": carry, "residual": residual, "residual_scale": residual_scale}
         kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
-        super().__init__(params, {**adam, **projection, "basis": basis, "stagger": stagger, **kept})
-        if all(group["rank"] is None for group in self.param_groups):
-            warn_once("GaLoreAdamW: no parameter group has a rank, so every parameter is AdamW (said once)")
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group; one that says its role has a rank by it, unless it names its own."""
-        if isinstance(param_group, dict) and param_group.get("role") is not None:
-            rank = self.defaults["rank"] or _RANK if param_group["role"] == "matrix" else None
-            param_group = {"rank": rank, **param_group}
-        super().add_param_group(param_group)
+        super().__init__(params, adam | where | when | rest | kept)
 
     def _check(self, group: Group, known: Group) -> None:
         super()._check(group, known)
-        check_projection(group, proj_types=PROJ_TYPES, bases=tuple(_BASES))
+        check_adaptive(group)
+        check_choice(group, "carry", CARRIES)
+        check_residual(group, RESIDUALS)
+        if group["residual"] == "fira":
+            check_one_side(group, "Fira scales rows or columns")
+        if group["basis"] in bases.COLUMNS:
+            check_one_side(group, "the columns of one side are chosen")
 
-    def _rule(self, group: Group, p: Tensor) -> Rule:
-        adam = Adam(storage(group["state_dtype"]), tuple(group["betas"]), group["eps"])
-        if group["rank"] is None or p.dim() < 2 or p.numel() == 0:
-            return adam
-        matrix = matrix_shape(p.shape)
-        basis = _BASES[group["basis"]](*resolve(group["rank"], group["proj_type"], matrix))
-        full = isinstance(group["rank"], float) and group["rank"] == 1
-        if not full and not compresses(basis, matrix):
-            return adam
-        return Projected(basis, adam, group["update_proj_gap"], group["scale"], group["stagger"])
+    def _projected(self, group: Group, basis: Basis) -> Projected:
+        adam = self._carried(group, basis)
+        return Projected(basis, adam, self._residual(group), self._schedule(group), group["carry"])
+
+    def _schedule(self, group: Group) -> Schedule:
+        fixed = super()._schedule(group)
+        overlap = group["adaptive_overlap"]
+        return fixed if overlap is None else Adaptive(fixed.gap, fixed.stagger, overlap)
+
+    def _residual(self, group: Group) -> Residual:
+        scale, share = group["scale"], group["residual_scale"]
+        if group["residual"] == "error_feedback":
+            return ErrorFeedback(storage("float32"), scale)
+        share = scale if share is None else share
+        if group["residual"] == "fira":
+            return Fira(Limiter(GROWTH, tuple(group["betas"])), scale, share)
+        if group["residual"] == "sign":
+            return SignDescent(scale, share)
+        return Drop(scale)

@@ -11,7 +11,9 @@ from lowrank_optim._types import Basis, Rule, matrix_shape
 from lowrank_optim.matrices import JORDAN, MatrixOptimizer, check_spectral
 from lowrank_optim.momentum import Completed, Momentum, Stateless
 from lowrank_optim.optimizer import Group
+from lowrank_optim.residuals import Drop
 from lowrank_optim.rules import Projected
+from lowrank_optim.schedule import Schedule
 from lowrank_optim.steering import Steered
 from lowrank_optim.storage import storage
 
@@ -151,4 +153,5 @@ class LowRankMuon(MatrixOptimizer):
 
     def _projected(self, group: Group, basis: Basis, inner: Momentum) -> Projected:
         gap = group["update_proj_gap"] or (200 if basis.guarded else 1)
-        return Projected(basis, inner, gap, stagger=group["stagger"], carry=True)
+        schedule = Schedule(gap, group["stagger"])
+        return Projected(basis, inner, Drop(), schedule, carry="rotate", follow=group["momentum"])

@@ -9,10 +9,10 @@ from torch.optim.optimizer import ParamsT
 from lowrank_optim import distributed
 from lowrank_optim._checks import check_choice, check_fallback, check_newton_schulz, require
 from lowrank_optim._types import Rule
+from lowrank_optim.adam import Adam
 from lowrank_optim.coefficients import table
 from lowrank_optim.optimizer import Group, RuleOptimizer
 from lowrank_optim.orthogonal import METHODS, Spectral
-from lowrank_optim.rules import Adam
 from lowrank_optim.steering import ADJUSTMENTS, NUCLEAR, Layout
 from lowrank_optim.storage import STATE_DTYPES, storage
 

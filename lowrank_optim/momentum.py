@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim._types import (
     Factored,
+    Move,
     NewState,
     Rule,
     Selecting,
@@ -62,9 +63,17 @@ class Momentum:
 
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
         """Advance the momenta and return the updates."""
+        return self.moved_updates(grads, states, ticks, [None] * len(grads))
+
+    def moved_updates(
+        self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None]
+    ) -> list[Update | None]:
+        """Move the momenta where there is a move, advance them and return the updates."""
         whole = torch.empty(len(grads), *grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-        for grad, state, tick, out in zip(grads, states, ticks, whole, strict=True):
+        for grad, state, tick, move, out in zip(grads, states, ticks, moves, whole, strict=True):
             moment = self.moment(state, grad.shape, grad.dtype)
+            if move is not None:
+                moment = move.first(moment)
             if self.form == "ema":
                 moment.lerp_(grad, 1 - self.momentum)
             else:
@@ -75,7 +84,7 @@ class Momentum:
                 out.copy_(moment)
             if self.less:
                 out.sub_(grad, alpha=self.less)
-            self.keep_(state, moment, tick)
+            self.storage.write_([state], _NAME, [moment], [tick.seed])
         if self.steer is None:
             return list(whole)
         if self.beta2 is None:
@@ -90,14 +99,9 @@ class Momentum:
         """Return the momentum."""
         return self.storage.read([state], _NAME, shape, dtype)[0]
 
-    def keep_(self, state: State, moment: Tensor, tick: Tick) -> None:
-        """Put `moment` in the place of the momentum."""
-        self.storage.write_([state], _NAME, [moment], [tick.seed])
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        """Return the weights of the momentum and of the gradient in what the momentum becomes."""
-        return self.momentum, 1 - self.momentum if self.form == "ema" else 1.0
+    def mean(self, tick: Tick) -> float:
+        """Return what makes the momentum a mean of gradients."""
+        return 1.0 if self.form == "ema" else 1 - self.momentum
 
     def _look_ahead(self, grad: Tensor, moment: Tensor, out: Tensor) -> None:
         if self.form == "ema":

@@ -20,10 +20,12 @@ _backend: ContextVar[Backend] = ContextVar("lowrank_optim_backend", default="aut
 
 Halves = reference_matrix.Halves
 Whole = reference_matrix.Whole
+adam_direction_ = reference.adam_direction_
 almost_orthogonal = reference_matrix.almost_orthogonal
 gram_newton_schulz = reference_matrix.gram_newton_schulz
 newton_schulz = reference_matrix.newton_schulz
 normalized = reference_matrix.normalized
+normal = reference.normal
 orthonormalize = reference.orthonormalize
 dct = reference.dct
 quantize_ = reference.quantize_

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim import distributed, ops
+from lowrank_optim import distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
 from lowrank_optim._state import filled, pairs, shapes, with_roles
-from lowrank_optim._types import Rule, State, Tick, compute_dtype
+from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
 
 Group = dict[str, Any]
@@ -152,8 +152,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         grads = [self._gradient(p, maximize=group["maximize"]) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
-        for p, tick, update in zip(params, ticks, rule.updates(grads, states, ticks), strict=True):
+        probes.chunk(params)
+        for i, (p, tick, update) in enumerate(zip(params, ticks, rule.updates(grads, states, ticks), strict=True)):
             if update is not None:
+                probes.updated(i, update)
                 seed = tick.seed + _WEIGHT if group.get("stochastic_rounding") else None
                 cautious = group.get("cautious", False)
                 ops.apply_(p, update, lr=lr, weight_decay=group["weight_decay"], seed=seed, cautious=cautious)
@@ -232,7 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not state:
             self.state[p] = self._new_state(p, group)
             return
-        kept = {name: value for name, value in state.items() if name != "step"}
+        kept = {name: value for name, value in state.items() if name not in HOST}
         moved = any(value.device != p.device for value in kept.values())
         other = torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
         recast = False

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lowrank_optim._checks import Role
 from lowrank_optim._types import matrix_shape
-from lowrank_optim.bases import SVD, compresses, resolve
+from lowrank_optim.bases import compresses, resolve
+from lowrank_optim.orthonormal import SVD
 from lowrank_optim.roles import HEADS, Patterns, Placed, Targets, is_transposed, place
 
 Rank = int | float
@@ -19,6 +20,8 @@ Split = int | tuple[int, ...]
 _OPTIONS = (
     *("lr", "betas", "eps", "momentum", "nesterov", "momentum_form", "cautious", "state_dtype", "stochastic_rounding"),
     *("update_proj_gap", "scale", "proj_type", "basis", "stagger", "residual"),
+    *("carry", "residual_scale", "adaptive_overlap", "ranking", "column_ages", "error_feedback"),
+    *("scale_type", "norm_growth", "published_code", "rho"),
     *("method", "ns_coefficients", "ns_steps", "ns_dtype", "adjust_lr_fn", "normuon_beta2", "gamma", "normalize"),
 )
 # and of the other groups

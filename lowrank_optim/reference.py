@@ -19,14 +19,30 @@ _ROW = 256
 
 
 def adam_direction_(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float, step: int
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float, step: int | Tensor
 ) -> Tensor:
-    """Advance both moments in place and return m̂ / (√v̂ + ε); one temporary of the size of `grad`."""
+    """Advance both moments in place and return m̂ / (√v̂ + ε); one temporary of the size of `grad`.
+
+    `step` is a number, or a tensor of them that is broadcast: each row or column with its own.
+    """
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    direction = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    return direction.reciprocal_().mul_(exp_avg).mul_(1 / (1 - beta1**step))
+    direction = (exp_avg_sq / _unbias(beta2, step)).sqrt_().add_(eps)
+    return direction.reciprocal_().mul_(exp_avg).mul_(1 / _unbias(beta1, step))
+
+
+def _unbias(beta: float, step: int | Tensor) -> float | Tensor:
+    """Return 1 − βᵗ; of tensors without the cancellation that it has in float32."""
+    if isinstance(step, Tensor):
+        return torch.expm1(step * math.log(beta)).neg_() if beta else torch.ones_like(step)
+    return 1 - beta**step
+
+
+def normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+    """Return standard normal numbers from a generator of our own, so that nobody else's numbers change."""
+    source = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=source, dtype=like.dtype, device=like.device)
 
 
 def apply_(

@@ -1,119 +1,107 @@
-"""How an update is made from gradients."""
+"""A rule in the coordinates of a basis: the composition that the projected optimizers are points of."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
-from lowrank_optim._types import Basis, NewState, Portable, Rule, State, Storage, Tick, Update, dense, matrix_shape
+from lowrank_optim import probes
+from lowrank_optim._types import (
+    Basis,
+    Look,
+    Move,
+    NewState,
+    Portable,
+    Residual,
+    Rule,
+    State,
+    Tick,
+    Update,
+    dense,
+    matrix_shape,
+)
 from lowrank_optim._warn import warn_once
+from lowrank_optim.schedule import Schedule
 
-_ADAM = ("exp_avg", "exp_avg_sq")
-# added to a seed, so that the second moment is not rounded as the first one is
-_APART = 0x2545F491
+Carry = Literal["keep", "reset", "rotate"]
+CARRIES = get_args(Carry)
 
 
 @dataclass(frozen=True)
-class Adam:
-    """m̂ / (√v̂ + ε), as `torch.optim.AdamW` computes it. State: two moments of the gradient's shape."""
+class Forget:
+    """A move that leaves nothing: every direction is a new one (FRUGAL's reset, arXiv 2411.07837)."""
 
-    storage: Storage
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    def first(self, moment: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(moment)
 
-    def init(self, shape: Sequence[int], new: NewState) -> State:
-        """Allocate both moments."""
-        first = self.storage.init("exp_avg", shape, new)
-        return first | self.storage.init("exp_avg_sq", shape, new, signed=False)
+    def second(self, moment: Tensor, first: Tensor, unbias: tuple[float, float]) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(moment)
 
-    def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
-        """Advance the moments and return the directions."""
-        steps, seeds = [tick.step for tick in ticks], [tick.seed for tick in ticks]
-        numel, room = grads[0].numel(), ops.part_size(grads[0].device)
-        if self.storage.in_place:
-            return list(self._advance(grads, states, steps, seeds))
-        found: list[Update | None] = []
-        if numel > room:
-            for one in zip(grads, states, steps, seeds, strict=True):
-                found.append(self._advance_in_parts(*one))
-            return found
-        # so many at a time that the moments, which are there as numbers only now, take little memory
-        size = room // max(1, numel)
-        for i in range(0, len(grads), size):
-            some = slice(i, i + size)
-            found += self._advance(grads[some], states[some], steps[some], seeds[some])
-        return found
-
-    def need(self, shape: Sequence[int]) -> int:
-        """Count a gradient, a direction and a weight."""
-        return 3 * math.prod(shape)
-
-    def _advance(self, grads: list[Tensor], states: list[State], steps: list[int], seeds: list[int]) -> list[Tensor]:
-        like = grads[0]
-        exp_avgs = self.storage.read(states, "exp_avg", like.shape, like.dtype)
-        exp_avg_sqs = self.storage.read(states, "exp_avg_sq", like.shape, like.dtype)
-        moments = list(exp_avgs), list(exp_avg_sqs)
-        directions = ops.adam_directions_(grads, *moments, betas=self.betas, eps=self.eps, steps=steps)
-        self.storage.write_(states, "exp_avg", exp_avgs, seeds)
-        self.storage.write_(states, "exp_avg_sq", exp_avg_sqs, [seed + _APART for seed in seeds])
-        return directions
-
-    def _advance_in_parts(self, grad: Tensor, state: State, step: int, seed: int) -> Tensor:
-        flat = grad.reshape(-1)
-        direction = torch.empty_like(flat)
-        for start, stop, views in self.storage.parts(state, _ADAM, flat.numel()):
-            direction[start:stop] = self._advance([flat[start:stop]], [views], [step], [seed + start])[0]
-        return direction.view(grad.shape)
+    def columns(self, numbers: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(numbers)
 
 
 @dataclass(frozen=True)
 class Projected:
     """Any rule, run on the coordinates of the gradient in a low-rank basis.
 
-    When the basis moves, the moments stay as they are (GaLore); with `carry`, a momentum is carried into the new basis,
-    and the new basis is found from the momentum as it will be with this gradient, instead of from the gradient.
+    When the basis moves, the moments stay as they are ("keep", GaLore), are zeroed ("reset", FRUGAL) or go with it
+    ("rotate", LDAdam; for columns of a fixed basis a gather). With `follow` = ρ the basis is found from
+    ρ·(mean gradient by the first moment) + (1 − ρ)·G instead of from the gradient G.
 
-    The basis is refreshed every `gap` steps. With `stagger` each matrix has its own turn within the period, and the
-    first step takes the basis's cheap `start_`, so that no step pays for many decompositions; without it all matrices
-    refresh together at steps 0, gap, 2·gap, ..., as GaLore's own code does.
+    The schedule says when the basis is refreshed. Where that is staggered, the first step takes the basis's cheap
+    `start_`, so that no step pays for many decompositions. What becomes of the rest of the gradient, and the factor on
+    the update, is the residual's.
 
     A refresh needs a gradient that says something. Where it holds NaN or Inf (or so large numbers that Adam's second
-    moment would), or where a matrix has not yet seen a
-    nonzero one, the matrix and its step are left as they are, so the refresh is tried again at the next step; where
-    the decomposition fails, the old basis serves until the next turn.
+    moment would), or where a matrix has not yet seen a nonzero one, the matrix and its step are left as they are, so
+    the refresh is tried again at the next step; where the decomposition fails, the old basis serves until the next
+    turn.
     """
 
     basis: Basis
     inner: Rule
-    gap: int = 200
-    scale: float = 1.0
-    stagger: bool = True
-    carry: bool = False
+    residual: Residual
+    schedule: Schedule
+    carry: Carry = "keep"
+    follow: float | None = None
 
     def init(self, shape: Sequence[int], new: NewState) -> State:
-        """Allocate the basis and the inner rule's state on coordinates."""
+        """Allocate the basis, the inner rule's state on coordinates, and what the schedule and the residual keep."""
         matrix = matrix_shape(shape)
-        return self.basis.init(matrix, new) | self.inner.init(self.basis.coords_shape(matrix), new)
+        inner = self.inner.init(self.basis.coords_shape(matrix), new)
+        return self.basis.init(matrix, new) | self.schedule.init(new) | inner | self.residual.init(matrix, new)
 
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
-        """Refresh where it is due, project, run the inner rule, and return the lifted updates as factors."""
-        grads = [g.flatten(1) for g in grads]
+        """Refresh where it is due, project, run the inner rule, and return what the residual makes of it."""
         found: list[Update | None] = [None] * len(grads)
-        # coordinates that came with a move of the basis
-        known: dict[int, Tensor] = {}
-        skipped = self._refresh_(grads, states, ticks, known)
+        seen = [self.residual.seen(state, grad.flatten(1)) for grad, state in zip(grads, states, strict=True)]
+        turned = [_Turned() for _ in grads]
+        skipped = self._refresh_(seen, states, ticks, turned)
         live = [i for i in range(len(grads)) if i not in skipped]
-        if live:
-            coords = [known[i] if i in known else self.basis.project(states[i], grads[i]) for i in live]
-            inner = self.inner.updates(coords, [states[i] for i in live], [ticks[i] for i in live])
-            for i, update in zip(live, inner, strict=True):
-                if update is not None:
-                    # the inner rule hands over what it returns, so it may be scaled in place
-                    found[i] = self.basis.lift(states[i], dense(update).mul_(self.scale))
+        if not live:
+            return found
+        coords: list[Tensor] = []
+        for i in live:
+            known = turned[i].coords
+            coords.append(self.basis.project(states[i], seen[i]) if known is None else known)
+        kept, clocks, moves = [states[i] for i in live], [ticks[i] for i in live], [turned[i].move for i in live]
+        if any(move is not None for move in moves):
+            inner = cast("Portable", self.inner).moved_updates(coords, kept, clocks, moves)
+        else:
+            inner = self.inner.updates(coords, kept, clocks)
+        for i, r, update in zip(live, coords, inner, strict=True):
+            probes.captured(i, seen[i], r)
+            if update is not None:
+                # the inner rule hands over what it returns, so it may be written to
+                look = Look(seen[i], r, dense(update), ticks[i], turned[i].lost)
+                found[i] = self.residual.update_(self.basis, states[i], look)
         return found
 
     def need(self, shape: Sequence[int]) -> int:
@@ -121,18 +109,13 @@ class Projected:
         matrix = matrix_shape(shape)
         return math.prod(matrix) + max(2 * math.prod(matrix), self.inner.need(self.basis.coords_shape(matrix)))
 
-    def due(self, tick: Tick) -> bool:
-        """Say whether this is a refresh boundary."""
-        done = tick.step - 1
-        return done == 0 or (done - int(tick.turn * self.gap if self.stagger else 0)) % self.gap == 0
-
     def _refresh_(
-        self, grads: list[Tensor], states: list[State], ticks: list[Tick], known: dict[int, Tensor]
+        self, seen: list[Tensor], states: list[State], ticks: list[Tick], turned: list["_Turned"]
     ) -> set[int]:
         """Refresh the matrices whose turn it is; return those that must sit this step out."""
-        due = [i for i, tick in enumerate(ticks) if self.due(tick)]
+        due = [i for i, tick in enumerate(ticks) if self.schedule.due(states[i], tick)]
         skipped = set()
-        for i, size in zip(due, self._sizes([grads[i] for i in due]), strict=True):
+        for i, size in zip(due, self._sizes([seen[i] for i in due]), strict=True):
             if not math.isfinite(size):
                 warn_once(
                     "a gradient held NaN, Inf or numbers whose squares are infinite when its basis was to be "
@@ -140,9 +123,7 @@ class Projected:
                 )
                 skipped.add(i)
             elif size > 0:
-                coords = self._set_basis_(states[i], grads[i], ticks[i])
-                if coords is not None:
-                    known[i] = coords
+                turned[i] = self._set_basis_(i, states[i], seen[i], ticks[i])
             elif ticks[i].step == 1:
                 skipped.add(i)
         return skipped
@@ -153,26 +134,57 @@ class Projected:
             return [1.0] * len(grads)
         if not grads:
             return []
-        # the only place on the step path where the host waits for the device
+        # the only place on the step path where the host waits for the device, but for adaptive schedules
         sizes: list[float] = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).tolist()
         return sizes
 
-    def _set_basis_(self, state: State, grad: Tensor, tick: Tick) -> Tensor | None:
+    def _set_basis_(self, i: int, state: State, seen: Tensor, tick: Tick) -> "_Turned":
         first = tick.step == 1
         try:
             if first:
-                self.basis.start_(state, grad)
-            if not (first and self.stagger):
-                if self.carry:
-                    return self._follow_(state, grad, tick)
-                self.basis.refresh_(state, grad)
+                coords = self.basis.start_(state, seen, tick.seed)
+                if not self.schedule.stagger and self.basis.guarded:
+                    coords = self.basis.refresh_(state, seen, tick.seed)
+                self.schedule.moved_(state, tick, None)
+                return _Turned(coords)
+            return self._turn_(i, state, seen, tick)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn_once(f"a basis could not be refreshed ({error}): the old one serves until the next turn (said once)")
-        return None
+            self.schedule.moved_(state, tick, None)
+        return _Turned()
 
-    def _follow_(self, state: State, grad: Tensor, tick: Tick) -> Tensor:
-        inner = cast("Portable", self.inner)
-        moment = inner.moment(state, self.basis.coords_shape(matrix_shape(grad.shape)), grad.dtype)
-        coords, moved = self.basis.follow_(state, grad, moment, inner.weights)
-        inner.keep_(state, moved, tick)
-        return coords
+    def _turn_(self, i: int, state: State, seen: Tensor, tick: Tick) -> "_Turned":
+        """Set the basis again; return how moments get there."""
+        compares = self.schedule.compares or probes.listening()
+        old: State = {}
+        if compares or self.carry == "rotate":
+            old = {name: state[name].clone() for name in state if name.startswith("basis")}
+        moment = None
+        if self.follow is not None or self.residual.recovers:
+            shape = self.basis.coords_shape(matrix_shape(seen.shape))
+            moment = cast("Portable", self.inner).moment(state, shape, seen.dtype)
+        if self.follow is None or moment is None:
+            coords = self.basis.refresh_(state, seen, tick.seed)
+        else:
+            mean = self.follow * cast("Portable", self.inner).mean(tick)
+            coords = self.basis.follow_(state, seen, moment, (mean, 1 - self.follow), tick.seed)
+        overlap = self.basis.overlap(old, state) if compares else None
+        probes.overlapping(i, overlap)
+        self.schedule.moved_(state, tick, overlap)
+        if self.carry == "keep":
+            return _Turned(coords)
+        move: Move = Forget() if self.carry == "reset" else self.basis.move(old, state)
+        if moment is None or not self.residual.recovers:
+            return _Turned(coords, move)
+        return _Turned(coords, move, (self.basis.lift(old, moment), self.basis.lift(state, move.first(moment))))
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """What is known of a matrix whose basis has been set in this step."""
+
+    # of the gradient, where they have come with it
+    coords: Tensor | None = None
+    move: Move | None = None
+    # the first moment before and after, lifted
+    lost: tuple[Update, ...] = ()

@@ -13,8 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 NOUNS = {"_types", "_warn"}
 PARTS = NOUNS | {"ops"}
-MATHS = {"reference", "coefficients", "orthogonal", "columns", "bases", "steering"}
-CORE = PARTS | MATHS | {"_checks", "storage", "rules", "momentum", "distributed", "optimizer"}
+BASES = {"cosine", "columns", "orthonormal", "random_bases", "bases"}
+MATHS = BASES | {"reference", "coefficients", "orthogonal", "steering"}
+PLANS = {"schedule", "residuals", "adam", "rules", "pieces", "momentum"}
+CORE = PARTS | MATHS | PLANS | {"_checks", "storage", "distributed", "optimizer"}
+# what the public optimizers of coordinates share
+PROJECTED = CORE | {"projected"}
 # what the public optimizers of matrices share
 MATRICES = CORE | {"matrices"}
 
@@ -29,17 +33,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"_types", "reference", "reference_matrix"},
     # parts use none of each other: they meet in the public files
     "storage": PARTS,
-    "columns": PARTS,
-    "bases": PARTS | {"columns"},
-    "rules": PARTS,
+    "cosine": {"ops"},
+    "columns": PARTS | {"cosine"},
+    "orthonormal": PARTS,
+    "random_bases": PARTS | {"orthonormal"},
+    "bases": PARTS | {"columns", "orthonormal", "random_bases"},
+    "probes": {"_types"},
+    "schedule": {"_types"},
+    "residuals": PARTS,
+    "adam": PARTS,
+    "rules": PARTS | {"schedule", "probes"},
     "steering": PARTS,
+    "pieces": PARTS | {"steering", "probes"},
     "momentum": PARTS | {"steering"},
     "coefficients": {"_types"},
     "orthogonal": PARTS | {"coefficients"},
     "distributed": {"_types"},
     "_state": {"_types"},
-    "optimizer": {"_types", "_state", "_checks", "ops", "storage", "distributed"},
-    "galore": CORE,
+    "optimizer": {"_types", "_state", "_checks", "ops", "storage", "distributed", "probes"},
+    "projected": CORE,
+    "galore": PROJECTED,
+    "dct": PROJECTED,
+    "apollo": PROJECTED,
+    "fira": PROJECTED,
+    "ldadam": PROJECTED,
     "matrices": CORE,
     "muon": MATRICES,
     "lowrank_muon": MATRICES,
@@ -48,10 +65,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steepest": MATRICES,
     "roles": CORE,
     "params": CORE | {"roles"},
+    "allocation": CORE | {"roles"},
     "memory": CORE,
     "__init__": {
-        *("galore", "muon", "lowrank_muon", "trion", "auon", "steepest"),
-        *("orthogonal", "coefficients", "memory", "ops", "params"),
+        *("galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"),
+        *("orthogonal", "coefficients", "memory", "ops", "params", "allocation"),
     },
 }
 

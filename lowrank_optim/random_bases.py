@@ -1,0 +1,89 @@
+"""Bases that are drawn at random and ask nothing of a gradient."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import ops
+from lowrank_optim._types import Factored, NewState, Side, State
+from lowrank_optim.orthonormal import Orthonormal, Rotation
+
+
+@dataclass(frozen=True)
+class Random(Orthonormal):
+    """A random subspace, a new one at each refresh: the range of a Gaussian matrix. State as `SVD`."""
+
+    guarded: ClassVar[bool] = False
+
+    def start_(self, state: State, grad: Tensor, seed: int = 0) -> None:
+        """Do as `refresh_`."""
+        self.refresh_(state, grad, seed)
+
+    def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> None:
+        """Draw; nothing is asked of the gradient."""
+        for place, (name, kept) in enumerate((n, state[n]) for n in ("basis", "basis_right") if n in state):
+            rows = kept if name == "basis" and self.side != "right" else kept.mT
+            rows.copy_(ops.orthonormalize(ops.normal(tuple(rows.shape), seed + place, grad)))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A random matrix P with entries N(0, 1/r), of which only the seed is kept: R = G Pᵀ (right) or P G (left).
+
+    Not orthonormal: lengths are kept on average, which suits what only looks at norms (APOLLO, arXiv 2412.05270). P is
+    drawn again at each use. State: `basis_seed`, one int64 on the CPU.
+    """
+
+    guarded: ClassVar[bool] = False
+
+    rank: int
+    side: Side = "right"
+
+    def init(self, shape: tuple[int, int], new: NewState) -> State:
+        """Allocate the basis."""
+        return {"basis_seed": new((1,), torch.int64, host=True)}
+
+    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return (m, r) or (r, n)."""
+        m, n = shape
+        return (m, self.rank) if self.side == "right" else (self.rank, n)
+
+    def numel(self, shape: tuple[int, int]) -> int:
+        """Return how many numbers are kept."""
+        return 2  # float32 numbers, in the place of one int64
+
+    def start_(self, state: State, grad: Tensor, seed: int = 0) -> None:
+        """Do as `refresh_`."""
+        self.refresh_(state, grad, seed)
+
+    def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> None:
+        """Take the next seed."""
+        state["basis_seed"].fill_(seed)
+
+    def follow_(self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float], seed: int = 0) -> None:
+        """Set the basis from the sum."""
+        self.refresh_(state, grad, seed)
+
+    def project(self, state: State, grad: Tensor) -> Tensor:
+        """Return the coordinates."""
+        matrix = self.matrix(state, grad)
+        return grad @ matrix.mT if self.side == "right" else matrix @ grad
+
+    def lift(self, state: State, coords: Tensor) -> Factored:
+        """Return the factors."""
+        raise NotImplementedError("a Gaussian matrix is not orthonormal: coordinates are not lifted through it")
+
+    def move(self, old: State, state: State) -> Rotation:
+        """Return the way from the one basis to the other."""
+        raise NotImplementedError("a Gaussian matrix is not orthonormal: moments are not moved through it")
+
+    def overlap(self, old: State, state: State) -> None:
+        """Measure nothing: it is not orthonormal."""
+
+    def matrix(self, state: State, grad: Tensor) -> Tensor:
+        """Draw P, (r, size of the compressed side)."""
+        size = grad.size(-1 if self.side == "right" else -2)
+        return ops.normal((self.rank, size), int(state["basis_seed"]), grad).mul_(1 / math.sqrt(self.rank))
