@@ -56,6 +56,8 @@ def _adamw(groups: ParamGroups, **kwargs: Any) -> torch.optim.Optimizer:
 
 
 _STORED = ("state_dtype",)
+_ADAM = _same("betas", "eps")
+_GAP = {"update_proj_gap": 50}
 _PROJECTED = ("rank", "update_proj_gap", "basis")
 # what is no matrix is AdamW's
 _FALLBACK = {"betas": "fallback_betas", "eps": "fallback_eps"}
@@ -67,9 +69,29 @@ OPTIMIZERS: dict[str, Known] = {
     "adamw": Known(_adamw, _same("betas", "eps")),
     "galore_adamw": Known(
         _ours("GaLoreAdamW"),
-        _same("betas", "eps", "stagger"),
+        {**_ADAM, **_same("stagger", "residual_scale", "carry", "adaptive_overlap", "residual")},
         (*_PROJECTED, "scale", "proj_type", *_STORED),
-        {"update_proj_gap": 50},
+        _GAP,
+    ),
+    "dct_adamw": Known(
+        _ours("DCTAdamW"),
+        {**_ADAM, **_same("stagger", "ranking", "carry", "column_ages", "error_feedback")},
+        ("rank", "update_proj_gap", "proj_type", *_STORED),
+    ),
+    "apollo_adamw": Known(
+        _ours("APOLLOAdamW"),
+        {**_ADAM, **_same("stagger", "scale_type")},
+        (*_PROJECTED, "scale", "proj_type", *_STORED),
+        _GAP,
+    ),
+    "fira_adamw": Known(
+        _ours("FiraAdamW"),
+        {**_ADAM, **_same("stagger", "carry", "published_code")},
+        (*_PROJECTED, "scale", "proj_type", *_STORED),
+        _GAP,
+    ),
+    "ldadamw": Known(
+        _ours("LDAdamW"), {**_ADAM, **_same("rho", "error_feedback")}, ("rank", "proj_type", *_STORED)
     ),
     "muon": Known(_ours("Muon"), {**_MUON, **_same("momentum_form", "normuon_beta2", "cautious")}, _STORED),
     "lowrank_muon": Known(_ours("LowRankMuon"), {**_MUON, **_same("residual", "stagger")}, (*_PROJECTED, *_STORED)),
