@@ -2,6 +2,7 @@
 
     python -m experiments.bench --threads 2 --out experiments/results/bench_cpu.json
     python -m experiments.bench --gpu --out experiments/results/bench_gpu.json
+    python -m experiments.bench --family projected --threads 2 --out bench.json
     python -m experiments.bench --family muon --threads 2 --out experiments/results/bench_muon_cpu.json
     python -m experiments.bench --workload tiny --gap 5 --entries adamw_fused galore_subspace
 
@@ -9,8 +10,9 @@ All optimizers take turns, one step each a round, so that noise on a shared mach
 
 Family "galore": the first step is the fastest of several on fresh optimizers. After it every step of the refresh period
 is timed in several periods and its fastest time kept; medians, minima and the worst step are taken over that period.
-Family "muon": steps are much alike, so medians and minima are over a number of rounds as they came; operations are
-counted too. Some of its peers write to the gradients: there each optimizer is handed a fresh copy, outside its time.
+Families "projected" and "muon": steps are much alike, so medians and minima are over a number of rounds as they came.
+In "muon" operations are counted too, and some of its peers write to the gradients: there each optimizer is handed a
+fresh copy, outside its time.
 
 Figures in parentheses are floors: the time this machine would need if memory moved at its copy bandwidth and arithmetic
 ran at its matrix-product speed, both measured in the same process.

@@ -109,6 +109,48 @@ def galore(basis: str, *, stagger: bool = False, state_dtype: str | None = "floa
     return cost
 
 
+def dct_adamw(*, state_dtype: str = "float32", ages: bool = False, error: str | None = None) -> CostOf:
+    """A cosine transform down, a product up, two moments and indices; feeding back takes one more product."""
+
+    def cost(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+        short, long, r = _sides(shape, rank)
+        kept = 0 if error is None else kept_bytes(short * long, error)
+        return Cost(
+            flops=long * fft_flops(short) + 2 * short * long * r * (1 if error is None else 2),
+            moments=2 * kept_bytes(r * long, state_dtype) + 4 * r * (1 + ages) + kept,
+            extra=4 * (r * long if error is None else short * long),
+        )
+
+    return cost
+
+
+def columns(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+    """Columns of the gradient itself: nothing is multiplied."""
+    _, long, r = _sides(shape, rank)
+    return Cost(moments=8 * r * long + 4 * r, extra=4 * r * long)
+
+
+def every_step(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+    """GaLore with one block power iteration at each step."""
+    short, long, r = _sides(shape, rank)
+    products = 4 * short * long * r + _refresh_flops("subspace", short, long, r)
+    return Cost(flops=products, moments=8 * r * long + 4 * short * r, extra=4 * (short * r + r * long))
+
+
+def ldadam(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+    """One power iteration on a matrix that is formed, down, up, and an error that is formed from three lifts."""
+    short, long, r = _sides(shape, rank)
+    products = 12 * short * long * r + _refresh_flops("subspace", short, long, r)
+    moments = 8 * r * long + 4 * short * r + 4 * short * long
+    return Cost(flops=products, moments=moments, extra=4 * short * long)
+
+
+def apollo(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+    """A product down and two moments; the random matrix is drawn again at each step."""
+    short, long, r = _sides(shape, rank)
+    return Cost(flops=2 * short * long * r, moments=8 * r * long, extra=4 * (r * long + r * short))
+
+
 def muon(
     state_dtype: str = "float32", *, steps: int = STEPS, either_form: bool = False, row_averages: bool = False
 ) -> CostOf:

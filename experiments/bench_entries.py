@@ -1,4 +1,4 @@
-"""The optimizers of the benchmark, in two families: projected AdamW, and orthogonalized momentum."""
+"""The optimizers of the benchmark, in three families: GaLore over its period, all projected AdamW, and momentum."""
 
 import importlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import nn
 
 from experiments import bench_costs as costs
 from experiments.bench_workloads import Entry
-from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, Trion
+from lowrank_optim import APOLLOAdamW, AuON, DCTAdamW, FiraAdamW, GaLoreAdamW, LDAdamW, LowRankMuon, Muon, Trion
 
 LR = 1e-3
 SCALE = 0.25
@@ -43,6 +43,30 @@ def _galore_torch(params: Params, rank: int, gap: int) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = peer.GaLoreAdamW(
         [_galore_group(params, rank, gap)], lr=LR, no_deprecation_warning=True
     )
+    return optimizer
+
+
+def _projected(
+    kind: Callable[..., torch.optim.Optimizer], cost: costs.CostOf, form: str | None = None, **options: Any
+) -> Entry:
+    def build(params: Params, rank: int, gap: int) -> torch.optim.Optimizer:
+        return kind(params, **({"lr": LR, "rank": rank} | options))
+
+    return Entry(build, cost, float32_form=form)
+
+
+def _apollo_torch(params: Params, rank: int, gap: int) -> torch.optim.Optimizer:
+    peer: Any = importlib.import_module("apollo_torch")
+    kind = {"proj": "random", "scale_type": "channel", "scale": 1.0}
+    optimizer: torch.optim.Optimizer = peer.APOLLOAdamW([_galore_group(params, rank, gap) | kind], lr=LR)
+    return optimizer
+
+
+def _fira(params: Params, rank: int, gap: int) -> torch.optim.Optimizer:
+    peer: Any = importlib.import_module("fira")
+    group = _galore_group(params, rank, gap)
+    group["alpha"] = group.pop("scale")
+    optimizer: torch.optim.Optimizer = peer.FiraAdamW([group], lr=LR, no_deprecation_warning=True)
     return optimizer
 
 
@@ -116,6 +140,28 @@ _GALORE: dict[str, Entry] = {
     "galore_torch": Entry(_galore_torch, costs.galore("svd", state_dtype=None), refreshes=True),
 }
 
+_IDENTITY = {"basis": "identity", "update_proj_gap": 1, "carry": "rotate", "scale": 1.0}
+_ONE = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
+
+_PROJECTED: dict[str, Entry] = {
+    "galore_torch": _GALORE["galore_torch"],
+    "galore_subspace": _GALORE["galore_subspace"],
+    "galore_subspace_every_step": _projected(GaLoreAdamW, costs.every_step, basis="subspace", update_proj_gap=1),
+    "dct_adamw": _projected(DCTAdamW, costs.dct_adamw()),
+    "dct_adamw_ages": _projected(DCTAdamW, costs.dct_adamw(ages=True), column_ages=True),
+    "dct_adamw_int8": _projected(DCTAdamW, costs.dct_adamw(state_dtype="int8"), "dct_adamw", state_dtype="int8"),
+    "dct_adamw_error_int8": _projected(DCTAdamW, costs.dct_adamw(error="int8"), error_feedback="int8"),
+    "identity": _projected(GaLoreAdamW, costs.columns, **_IDENTITY),
+    "fira": _projected(FiraAdamW, costs.galore("subspace"), basis="subspace"),
+    "fira_peer": Entry(_fira, costs.galore("svd", state_dtype=None), refreshes=True),
+    "ldadam": _projected(LDAdamW, costs.ldadam),
+    "apollo": _projected(APOLLOAdamW, costs.apollo),
+    "apollo_signs": _projected(APOLLOAdamW, costs.apollo, basis="rademacher"),
+    "apollo_mini": _projected(APOLLOAdamW, lambda shape, rank, dtype: costs.apollo(shape, 1, dtype), **_ONE),
+    "apollo_torch": Entry(_apollo_torch, costs.apollo, refreshes=True),
+    "adamw_fused": _GALORE["adamw_fused"],
+}
+
 _MUON: dict[str, Entry] = {
     "torch_muon": Entry(
         lambda params, rank, gap: torch.optim.Muon(params, lr=LR, weight_decay=MUON_DECAY), costs.muon()
@@ -146,7 +192,7 @@ _MUON: dict[str, Entry] = {
     "muon_optimizer": _peer_muon(_muon_optimizer, note="SingleDeviceMuon, as it comes"),
 }
 
-ENTRIES: dict[str, Entry] = _GALORE | _MUON
+ENTRIES: dict[str, Entry] = _GALORE | _PROJECTED | _MUON
 
 
 @dataclass(frozen=True)
@@ -166,5 +212,6 @@ class Family:
 
 FAMILIES = {
     "galore": Family(tuple(_GALORE), "adamw_fused", rounds=None, flops=False),
+    "projected": Family(tuple(_PROJECTED), "galore_torch", rounds=15, flops=False),
     "muon": Family(tuple(_MUON), "torch_muon", rounds=15, flops=True),
 }

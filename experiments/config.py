@@ -49,7 +49,7 @@ class TrainConfig:
         log_every: Steps between two rows of metrics.
         save_every: Steps between two checkpoints; 0 for none but the last.
         save_last: Save after the last step; a finished run without it has nothing to go on from.
-        plots: Draw loss.png and memory.png at the end.
+        plots: Draw loss.png, memory.png and, of an optimizer with bases, basis.png at the end.
         keep: How many checkpoints stay.
     """
 
@@ -98,6 +98,8 @@ class TrackConfig:
         name: Name of the run, also the end of the default run directory (the optimizer's name if null).
         group: wandb group.
         tags: wandb tags.
+        diagnostics: Log how well bases fit and how large updates are, for optimizers of this package; a step that gets
+            no row costs nothing.
     """
 
     wandb: Literal["auto", "on", "off"] = "auto"
@@ -105,6 +107,7 @@ class TrackConfig:
     name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    diagnostics: bool = True
 
 
 @dataclass(frozen=True)

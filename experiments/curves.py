@@ -1,4 +1,4 @@
-"""Plots of a run from its `metrics.jsonl`: loss over tokens, memory over steps.
+"""Plots of a run from its `metrics.jsonl`: loss over tokens, memory over steps, and how well bases fit.
 
 `python -m experiments.curves RUN_DIR` draws them again.
 """
@@ -82,14 +82,34 @@ def draw_memory(rows: Rows, path: Path, run: str = "") -> None:
     plt.close(fig)
 
 
+def draw_basis(rows: Rows, path: Path, run: str = "") -> None:
+    """Left: what bases see of gradients, and keep of themselves. Right: how many directions that is. Means."""
+    plt = pyplot()
+    fig, (shares, ranks) = plt.subplots(1, 2, figsize=(10.0, 4.0), layout="constrained")
+    shares.plot(*curve(rows, "step", "basis/captured_energy"), label="energy captured")
+    shares.plot(*curve(rows, "step", "basis/subspace_overlap"), ".", ms=4, label="overlap with the basis before")
+    shares.set(xlabel="step", ylabel="share", title="Bases, mean of matrices", ylim=(0, 1.05))
+    shares.legend()
+    ranks.plot(*curve(rows, "step", "basis/effective_rank"))
+    ranks.set(xlabel="step", ylabel="effective rank", title="Directions in use, mean of matrices")
+    ranks.set_ylim(bottom=0)
+    for ax in (shares, ranks):
+        ax.grid(alpha=0.3)
+    if run:
+        fig.suptitle(run)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def draw(directory: Path) -> list[Path]:
-    """Writes `loss.png` and `memory.png` into a run directory and returns their paths."""
+    """Writes `loss.png`, `memory.png` and, where there are bases, `basis.png`; returns their paths."""
     rows = read(directory / "metrics.jsonl")
-    paths = [directory / "loss.png", directory / "memory.png"]
-    run = directory.resolve().name
-    draw_loss(rows, paths[0], run)
-    draw_memory(rows, paths[1], run)
-    return paths
+    drawn = {"loss.png": draw_loss, "memory.png": draw_memory}
+    if any("basis/captured_energy" in row for row in rows):
+        drawn["basis.png"] = draw_basis
+    for name, plot in drawn.items():
+        plot(rows, directory / name, directory.resolve().name)
+    return [directory / name for name in drawn]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -170,3 +170,15 @@ class Llama(nn.Module):
         """Mean cross entropy in nats per token, computed in float32, of targets (B, T) given tokens (B, T)."""
         logits = self(tokens).flatten(0, 1)
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+
+
+class Objective(nn.Module):
+    """The loss as a module's forward, which is what DistributedDataParallel and torch.compile wrap."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats per token of `targets` (B, T) given `tokens` (B, T)."""
+        return self.model.loss(tokens, targets)

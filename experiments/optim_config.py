@@ -18,6 +18,8 @@ Name = Literal[
     "steepest_descent",
 ]
 
+Basis = Literal["svd", "rsvd", "subspace", "random", "gaussian", "rademacher", "dct", "identity", "hadamard"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -75,7 +77,9 @@ class OptimConfig:
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     stagger: bool = True
     update_proj_gap: int | None = None
-    basis: Literal["svd", "rsvd", "subspace", "random", "gaussian", "dct", "identity", "hadamard"] | None = None
+    basis: (
+        Literal["svd", "rsvd", "subspace", "random", "gaussian", "rademacher", "dct", "identity", "hadamard"] | None
+    ) = None
     state_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     stochastic_rounding: bool | None = None
     momentum: float | None = None

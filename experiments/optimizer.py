@@ -90,9 +90,7 @@ OPTIMIZERS: dict[str, Known] = {
         (*_PROJECTED, "scale", "proj_type", *_STORED),
         _GAP,
     ),
-    "ldadamw": Known(
-        _ours("LDAdamW"), {**_ADAM, **_same("rho", "error_feedback")}, ("rank", "proj_type", *_STORED)
-    ),
+    "ldadamw": Known(_ours("LDAdamW"), {**_ADAM, **_same("rho", "error_feedback")}, ("rank", "proj_type", *_STORED)),
     "muon": Known(_ours("Muon"), {**_MUON, **_same("momentum_form", "normuon_beta2", "cautious")}, _STORED),
     "lowrank_muon": Known(_ours("LowRankMuon"), {**_MUON, **_same("residual", "stagger")}, (*_PROJECTED, *_STORED)),
     "trion": Known(_ours("Trion"), _without(_MUON, "nesterov"), ("rank", "basis", *_STORED)),

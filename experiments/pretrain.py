@@ -1,8 +1,9 @@
 """Pretrains a LLaMA: one loop, read from top to bottom. `python -m experiments.pretrain --help` lists every option.
 
 A run leaves a directory with the resolved `config.yaml`, `environment.json`, `metrics.jsonl`, `summary.json`, the plots
-`loss.png` and `memory.png`, and its last checkpoints. Killed at any moment, it goes on with the same command and
-`--run_dir`, and its metrics are those of a run that was never killed, to the bit (see `tracking.deterministic`).
+`loss.png`, `memory.png` and, of an optimizer with bases, `basis.png`, and its last checkpoints. Killed at any moment,
+it goes on with the same command and `--run_dir`, and its metrics are those of a run that was never killed, to the bit
+(see `tracking.deterministic`).
 """
 
 import os
@@ -31,7 +32,8 @@ from experiments.config import Config, ConfigError, as_dict, as_yaml, parse
 from experiments.corpus import DataError
 from experiments.curves import draw
 from experiments.data import Corpus, load_corpus
-from experiments.llama import Llama
+from experiments.diagnosing import Diagnosis
+from experiments.llama import Llama, Objective
 from experiments.optimizer import build_optimizer, lr_factor
 from experiments.report import final_table, matrix_state_bytes, plan, progress, progress_bar, speaker, summarize
 from experiments.run_dir import environment_file, find_start, open_directory
@@ -41,18 +43,6 @@ from experiments.tracking import Tracker, environment, without_nan
 from lowrank_optim import MemoryMeter, adamw_state_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Objective(nn.Module):
-    """The loss as a module's forward, which is what DistributedDataParallel and torch.compile wrap."""
-
-    def __init__(self, model: Llama) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Nats per token of `targets` (B, T) given `tokens` (B, T)."""
-        return self.model.loss(tokens, targets)
 
 
 def pick_device(name: str) -> torch.device:
@@ -159,6 +149,7 @@ def run(
     config = {**as_dict(c), **about}
     tracker = Tracker(directory, position, device=device.type, say=say, run_id=run_id, config=config, track=c.track)
     meter = MemoryMeter(model, optimizer)
+    diagnosis = Diagnosis(optimizer, groups, wanted=c.track.diagnostics)
     adamw_bytes = adamw_state_bytes(model.parameters())
     tokens_a_step = c.train.batch_size * c.train.seq_len * c.train.accumulate * world
     began = time.perf_counter() - totals["seconds"]
@@ -172,6 +163,7 @@ def run(
         while step < c.train.steps:
             step += 1
             last = step == c.train.steps
+            logged = last or step % c.train.log_every == 0
             entered = time.perf_counter()
             factor = lr_factor(step, c.train.steps, c.train.warmup, c.train.min_lr_ratio)
             for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
@@ -189,7 +181,7 @@ def run(
                 step_loss += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), c.train.clip or math.inf)
             if norm.isfinite():
-                with meter.phase("step"):
+                with meter.phase("step"), diagnosis.listening(logged):
                     optimizer.step()
                 loss_sum, loss_count = loss_sum + step_loss, loss_count + 1
             else:
@@ -199,13 +191,14 @@ def run(
                 totals["skipped"] += 1
 
             row = {}
-            if last or step % c.train.log_every == 0:
+            if logged:
                 if world > 1:
                     dist.all_reduce(loss_sum)
                 row["train/loss"] = loss_sum.item() / world / loss_count if loss_count else math.nan
                 totals["train_loss"] = row["train/loss"]
                 row |= {"train/lr": c.optim.lr * factor, "train/grad_norm": norm.item()}
                 row |= {"train/skipped": totals["skipped"], **meter.read(), "mem/adamw_state_bytes": adamw_bytes}
+                row |= diagnosis.read()
                 loss_sum, loss_count = torch.zeros((), device=device), 0
             # `item` has waited for the device by now
             totals["busy"] += time.perf_counter() - entered

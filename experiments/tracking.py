@@ -41,6 +41,7 @@ class Metric:
     device: Literal["cpu", "cuda"] | None = None
 
 
+# by name; one that ends with an asterisk stands for all that begin so, as wandb has it, and `*` is a parameter's name
 METRICS: dict[str, Metric] = {
     "step": Metric(None, "last", "optimizer steps taken"),
     "tokens": Metric(None, "last", "tokens trained on, over all processes"),
@@ -51,6 +52,14 @@ METRICS: dict[str, Metric] = {
     "eval/loss": Metric("tokens", "min", "validation loss, nats per token"),
     "eval/perplexity": Metric("tokens", "min", "exp of the validation loss"),
     "eval/bits_per_byte": Metric("tokens", "min", "validation loss in bits per byte of text"),
+    "basis/captured_energy": Metric("step", "last", "share of gradient energy in the coordinates, mean of matrices"),
+    "basis/effective_rank": Metric("step", "last", "directions that carry the coordinates, mean of matrices"),
+    "basis/subspace_overlap": Metric("step", "last", "share of a refreshed basis in the one before, mean of those"),
+    "update/rms": Metric("step", "last", "root mean square of updates before the learning rate, mean of matrices"),
+    "layers/captured_energy/*": Metric("step", "last", "the first of these for each matrix"),
+    "layers/effective_rank/*": Metric("step", "last", "the second"),
+    "layers/subspace_overlap/*": Metric("step", "last", "the third, where a basis was found again in that step"),
+    "layers/update_rms/*": Metric("step", "last", "the fourth for each parameter"),
     "mem/params_bytes": Metric("step", "max", "bytes of the weights"),
     "mem/grads_bytes": Metric("step", "max", "bytes of the gradients"),
     "mem/opt_state_bytes": Metric("step", "max", "bytes of the optimizer's state, basis included"),
@@ -83,6 +92,12 @@ def deterministic(row: Mapping[str, Any]) -> dict[str, Any]:
 def documented(device: str) -> dict[str, Metric]:
     """The metrics that a run on this device type logs."""
     return {name: metric for name, metric in METRICS.items() if metric.device in (None, device)}
+
+
+def metric_of(key: str) -> str | None:
+    """The name in `METRICS` that documents this key of a row, its own or that of its family; None if there is none."""
+    families = (name for name in METRICS if name.endswith("*") and key.startswith(name[:-1]))
+    return key if key in METRICS else next(families, None)
 
 
 def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from lowrank_optim.apollo import APOLLOAdamW as APOLLOAdamW
 from lowrank_optim.auon import AuON as AuON
 from lowrank_optim.coefficients import polar_express_coefficients as polar_express_coefficients
 from lowrank_optim.dct import DCTAdamW as DCTAdamW
+from lowrank_optim.diagnostics import Diagnostics as Diagnostics
 from lowrank_optim.fira import FiraAdamW as FiraAdamW
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
 from lowrank_optim.ldadam import LDAdamW as LDAdamW

@@ -87,6 +87,11 @@ def check_share(group: dict[str, Any], key: str) -> None:
     require(_number(group[key]) and 0 <= group[key] <= 1, group, key, "a number in [0, 1]")
 
 
+def check_seed(group: dict[str, Any]) -> None:
+    """Raise ValueError unless the seed is a whole number that leaves room for what is added to it."""
+    require(_whole(group["seed"]) and 0 <= group["seed"] <= 1 << 30, group, "seed", "an int in [0, 2**30]")
+
+
 def check_growth(group: dict[str, Any], key: str) -> None:
     """Raise ValueError unless the value is None or a factor of growth."""
     growth = group[key]

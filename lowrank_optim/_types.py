@@ -23,7 +23,19 @@ class Factored(NamedTuple):
     right: Tensor  # (r, n)
 
 
-Update = Tensor | Factored
+# what has coordinates
+Lifted = Tensor | Factored
+
+
+class Scaled(NamedTuple):
+    """`matrix` times a factor for each row, each column or all of it, and a factored matrix; never formed."""
+
+    matrix: Tensor  # (m, n); not ours to write to
+    factors: Tensor  # (m, 1), (1, n) or (1, 1)
+    plus: Factored | None = None
+
+
+Update = Tensor | Factored | Scaled
 
 
 class Tick(NamedTuple):
@@ -158,7 +170,7 @@ class Basis(Protocol):
         """Return the coordinates of `grad`."""
         ...
 
-    def lift(self, state: State, coords: Tensor) -> Update:
+    def lift(self, state: State, coords: Tensor) -> Lifted:
         """Return the m×n matrix that has these coordinates."""
         ...
 
@@ -179,19 +191,27 @@ class Basis(Protocol):
         ...
 
 
+class Coefficients(Protocol):
+    """Those of a matrix along all columns of a fixed basis, in whatever order they have come."""
+
+    def energies(self) -> Tensor:
+        """Return the sum of squares or of magnitudes along each column."""
+        ...
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return the coefficients along these columns, in the orientation of the matrix."""
+        ...
+
+
 class Selecting(Basis, Protocol):
     """A basis that is some of the columns of a fixed one."""
 
-    def transform(self, matrix: Tensor) -> Tensor:
+    def analyze(self, matrix: Tensor) -> Coefficients:
         """Return the coefficients of `matrix` along all columns."""
         ...
 
-    def select(self, coefficients: Tensor) -> Tensor:
+    def select(self, energies: Tensor) -> Tensor:
         """Return the sorted indices of the columns to keep."""
-        ...
-
-    def take(self, coefficients: Tensor, index: Tensor) -> Tensor:
-        """Return the coefficients along these columns."""
         ...
 
 
@@ -237,11 +257,14 @@ class Look(NamedTuple):
     direction: Tensor  # what the inner rule has made of the coordinates; may be written to
     tick: Tick
     # the first moment before and after a move, lifted; empty where nothing has moved
-    lost: Sequence[Update] = ()
+    lost: Sequence[Lifted] = ()
 
 
 class Residual(Protocol):
     """What becomes of the part of a gradient that its basis does not see, and so of the gradient as a whole."""
+
+    # how many m×n matrices it holds in a step beside the gradient
+    held: ClassVar[int]
 
     @property
     def recovers(self) -> float:
@@ -263,6 +286,9 @@ class Residual(Protocol):
 
 def dense(update: Update) -> Tensor:
     """Return the matrix that an update stands for."""
+    if isinstance(update, Scaled):
+        whole = update.matrix * update.factors
+        return whole if update.plus is None else whole.addmm_(*update.plus)
     return update.left @ update.right if isinstance(update, Factored) else update
 
 

@@ -61,8 +61,9 @@ class Adam:
         return found
 
     def need(self, shape: Sequence[int]) -> int:
-        """Count a gradient, a direction and a weight."""
-        return 3 * math.prod(shape)
+        """Count a gradient, a direction and a weight, or moments that are read whole because of their ages."""
+        whole = self.aged is not None and not self.storage.in_place
+        return (5 if whole else 3) * math.prod(shape)
 
     def moment(self, state: State, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return the first moment."""

@@ -1,12 +1,12 @@
 """APOLLO: the gradient itself, scaled as Adam would scale a random projection of it."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim._checks import check_choice, check_growth, check_one_side, require
+from lowrank_optim._checks import check_choice, check_growth, check_one_side, check_seed, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
@@ -43,9 +43,12 @@ class APOLLOAdamW(ProjectedAdamW):
         scale_type: "channel", a factor for each row (m ≥ n) or column, or "tensor", one for the matrix.
             Default "channel".
         norm_growth: γ, or None for no limit. Default 1.01 (the paper).
-        basis: "gaussian", or "svd" (APOLLO-SVD: the leading singular vectors, which are kept). Default "gaussian".
+        basis: "gaussian"; "rademacher", entries ±1/√r, which keep lengths as well and are drawn in an eighth of the
+            time; or "svd" (APOLLO-SVD: the leading singular vectors, which are kept). Default "gaussian" (the paper).
         proj_type: as for `GaLoreAdamW`, but for "full". Default "std".
         stagger: give each matrix its own turn within the period. Default True.
+        seed: an int from 0 to 2³⁰. Within an optimizer every matrix and refresh has a seed of its own; optimizers of as
+            many matrices, as one for each layer, have the same ones, unless this sets them apart. Default 0.
         state_dtype: how moments are kept; see `GaLoreAdamW`. Default "float32".
         stochastic_rounding: round low-precision weights stochastically. Default False.
         maximize: ascend instead of descend. Default False.
@@ -60,8 +63,7 @@ class APOLLOAdamW(ProjectedAdamW):
     as for `GaLoreAdamW`; for "svd" 4·r·min(m, n) in the place of the seed's 8.
 
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270. Differs from apollo-torch
-    in where ε is added, in weight decay (there after the update), and in seeds (there 1, 2, 3, ... in each optimizer,
-    so that one optimizer for each layer gives all the same matrix).
+    in where ε is added, in weight decay (there after the update), and in seeds (there 1, 2, 3, ... in each optimizer).
 
     Example:
         >>> import torch
@@ -73,7 +75,7 @@ class APOLLOAdamW(ProjectedAdamW):
     """
 
     usual_rank: ClassVar[int | float] = 0.25
-    bases: ClassVar[tuple[str, ...]] = ("gaussian", "svd")
+    bases: ClassVar[tuple[str, ...]] = ("rademacher", "gaussian", "svd")
     their_keys: ClassVar[Mapping[str, str]] = {"proj": "basis"}
 
     def __init__(
@@ -89,16 +91,17 @@ class APOLLOAdamW(ProjectedAdamW):
         scale: float = 1.0,
         scale_type: ScaleType = "channel",
         norm_growth: float | None = GROWTH,
-        basis: Literal["gaussian", "svd"] = "gaussian",
+        basis: Literal["rademacher", "gaussian", "svd"] = "gaussian",
         proj_type: Literal["std", "reverse_std", "left", "right"] = "std",
         stagger: bool = True,
+        seed: int = 0,
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
         maximize: bool = False,
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         where = {"rank": rank, "proj_type": proj_type, "basis": basis, "scale": scale, "scale_type": scale_type}
-        when = {"update_proj_gap": update_proj_gap, "stagger": stagger, "norm_growth": norm_growth}
+        when = {"update_proj_gap": update_proj_gap, "stagger": stagger, "norm_growth": norm_growth, "seed": seed}
         kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
         super().__init__(params, adam | where | when | kept)
 
@@ -113,7 +116,11 @@ class APOLLOAdamW(ProjectedAdamW):
         check_one_side(group, "rows or columns are scaled")
         check_choice(group, "scale_type", SCALE_TYPES)
         check_growth(group, "norm_growth")
+        check_seed(group)
         require(group["scale"] >= 0, group, "scale", "a number >= 0")
+
+    def _basis(self, group: Group, shape: tuple[int, int], **options: Any) -> Basis:
+        return super()._basis(group, shape, **({} if group["basis"] == "svd" else {"seed": group["seed"]}))
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
         growth = group["norm_growth"]

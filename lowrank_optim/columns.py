@@ -1,13 +1,31 @@
 """Bases that are some of the columns of a fixed one: nothing is kept of them but indices."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import cosine
-from lowrank_optim._types import Factored, NewState, Side, State
+from lowrank_optim._types import Coefficients, Factored, NewState, Side, State
+
+
+class Sorted(NamedTuple):
+    """Coefficients along all columns of a fixed basis, as a matrix of the shape of the one that they are of."""
+
+    values: Tensor
+    side: Side
+    ranking: Literal["l2", "l1"]
+
+    def energies(self) -> Tensor:
+        """Return the sum of squares or of magnitudes along each column."""
+        along = -2 if self.side == "right" else -1
+        # vector_norm along the first dimension is ten times slower on a CPU
+        return (self.values.square() if self.ranking == "l2" else self.values.abs()).sum(along)
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return the coefficients along these columns."""
+        return self.values.index_select(-1 if self.side == "right" else -2, index)
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,12 @@ class Gather:
 
     def _gathered(self, x: Tensor, dim: int) -> Tensor:
         found = x.index_select(dim, self.place)
-        return found.mul_(self.stays if dim == -1 else self.stays.unsqueeze(-1))
+        # filled: the moments of a gradient of 1e20 are infinite, and infinity times zero is none
+        enters = ~self.stays
+        if x.device.type == "cpu":
+            # where the host need not wait to know which they are, a quarter of the time
+            return found.index_fill_(dim, enters.nonzero().squeeze(1), 0)
+        return found.masked_fill_(enters if dim == -1 else enters.unsqueeze(-1), 0)
 
 
 @dataclass(frozen=True)
@@ -75,31 +98,29 @@ class Selected:
 
     def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> Tensor:
         """Select the columns along which `grad` has most energy; the coordinates come with it."""
-        coefficients = self.transform(grad)
-        index = self.select(coefficients)
+        coefficients = self.analyze(grad)
+        index = self.select(coefficients.energies())
         state["basis_index"].copy_(index)
-        return self.take(coefficients, index)
+        return coefficients.take(index)
 
     def follow_(
         self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float], seed: int = 0
     ) -> Tensor:
         """Set the basis from the sum."""
-        coefficients, old = self.transform(grad), state["basis_index"].clone()
+        coefficients, old = self.analyze(grad), state["basis_index"].clone()
         kept, new = weights
-        energy = self._energy(coefficients, new)
+        energies = coefficients.energies().mul_(new ** (2 if self.ranking == "l2" else 1))
         # a moment has coefficients in its own columns only, so there is nothing to lift
-        energy[old] = self._energy(self.take(coefficients, old).mul_(new).add_(moment, alpha=kept))
-        index = self._largest(energy)
+        coming = coefficients.take(old).mul_(new).add_(moment, alpha=kept)
+        energies[old] = Sorted(coming, self.side, self.ranking).energies()
+        index = self.select(energies)
         state["basis_index"].copy_(index)
-        return self.take(coefficients, index)
+        return coefficients.take(index)
 
-    def select(self, coefficients: Tensor) -> Tensor:
-        """Return the sorted indices of the columns to keep, from the coefficients along all of them."""
-        return self._largest(self._energy(coefficients))
-
-    def take(self, coefficients: Tensor, index: Tensor) -> Tensor:
-        """Return the coefficients along the columns `index` out of those along all."""
-        return coefficients.index_select(self._dim, index)
+    def select(self, energies: Tensor) -> Tensor:
+        """Return the sorted indices of the columns to keep, from the energies along all of them."""
+        # a stable sort breaks ties by index, which topk does not promise
+        return torch.sort(energies, descending=True, stable=True).indices[: self.rank].sort().values
 
     def move(self, old: State, state: State) -> Gather:
         """Return the way from the one basis to the other."""
@@ -114,21 +135,13 @@ class Selected:
         """Return the share."""
         return self.move(old, state).columns(torch.ones_like(state["basis_index"], dtype=torch.float32)).mean()
 
-    def transform(self, matrix: Tensor) -> Tensor:
+    def analyze(self, matrix: Tensor) -> Coefficients:
         """Return the coefficients of `matrix` along all columns of the fixed basis."""
+        return Sorted(self.transform(matrix), self.side, self.ranking)
+
+    def transform(self, matrix: Tensor) -> Tensor:
+        """Return the coefficients as a matrix, sorted."""
         raise NotImplementedError
-
-    def _energy(self, coefficients: Tensor, weight: float = 1.0) -> Tensor:
-        """Return the sum of squares or of magnitudes of `weight` times the coefficients along each column."""
-        along = -2 if self.side == "right" else -1
-        # vector_norm along the first dimension is ten times slower on a CPU
-        if self.ranking == "l2":
-            return coefficients.square().sum(along).mul_(weight**2)
-        return coefficients.abs().sum(along).mul_(weight)
-
-    def _largest(self, energy: Tensor) -> Tensor:
-        # a stable sort breaks ties by index, which topk does not promise
-        return torch.sort(energy, descending=True, stable=True).indices[: self.rank].sort().values
 
     @property
     def _dim(self) -> int:
@@ -136,16 +149,8 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class DCT(Selected):
-    """Columns of the orthonormal DCT-II matrix of the short side (arXiv 2505.17967). State: `rank` int32.
-
-    The DCT matrix itself, the short side squared, is shared by all matrices of a process and is not state: see
-    `cosine.dct_matrix`.
-    """
-
-    def transform(self, matrix: Tensor) -> Tensor:
-        """Return G D (right) or Dᵀ G (left): 2 m n min(m, n) operations as a product, m n log min(m, n) by FFT."""
-        return cosine.dct(matrix, self._dim)
+class _OfMatrix(Selected):
+    """Columns of a matrix that is shared by all of a process and made once."""
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return G Q (right) or Qᵀ G (left), Q being the selected columns."""
@@ -161,7 +166,39 @@ class DCT(Selected):
         return self._matrix(like).index_select(1, state["basis_index"])
 
     def _matrix(self, like: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DCT(_OfMatrix):
+    """Columns of the orthonormal DCT-II matrix of the short side (arXiv 2505.17967). State: `rank` int32.
+
+    The DCT matrix itself, the short side squared, is shared by all matrices of a process and is not state: see
+    `cosine.dct_matrix`.
+    """
+
+    def transform(self, matrix: Tensor) -> Tensor:
+        """Return G D (right) or Dᵀ G (left): 2 m n min(m, n) operations as a product, m n log min(m, n) by FFT."""
+        return cosine.dct(matrix, self._dim)
+
+    def analyze(self, matrix: Tensor) -> Coefficients:
+        """Return the coefficients; as an FFT leaves them, where it is one that finds them."""
+        return cosine.spectrum(matrix, self._dim, squares=self.ranking == "l2") or super().analyze(matrix)
+
+    def _matrix(self, like: Tensor) -> Tensor:
         return cosine.dct_matrix(self.size, like.dtype, like.device)
+
+
+@dataclass(frozen=True)
+class Hadamard(_OfMatrix):
+    """Columns of the Walsh–Hadamard matrix, in its natural order, of a short side that is a power of two."""
+
+    def transform(self, matrix: Tensor) -> Tensor:
+        """Return G H (right) or Hᵀ G (left), by two products with matrices of √n."""
+        return cosine.hadamard(matrix, self._dim)
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        return cosine.hadamard_matrix(self.size, like.dtype, like.device)
 
 
 @dataclass(frozen=True)
@@ -174,22 +211,10 @@ class Identity(Selected):
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return the selected columns (right) or rows (left)."""
-        return self.take(grad, state["basis_index"])
+        return grad.index_select(self._dim, state["basis_index"])
 
     def lift(self, state: State, coords: Tensor) -> Tensor:
         """Return the matrix that holds `coords` in the selected columns or rows, and zeros."""
         m, n = coords.shape
         whole = coords.new_zeros((m, self.size) if self.side == "right" else (self.size, n))
         return whole.index_copy_(self._dim, state["basis_index"].long(), coords)
-
-
-@dataclass(frozen=True)
-class Hadamard(DCT):
-    """Columns of the Walsh–Hadamard matrix, in its natural order, of a short side that is a power of two."""
-
-    def transform(self, matrix: Tensor) -> Tensor:
-        """Return G H (right) or Hᵀ G (left), by two products with matrices of √n."""
-        return cosine.hadamard(matrix, self._dim)
-
-    def _matrix(self, like: Tensor) -> Tensor:
-        return cosine.hadamard_matrix(self.size, like.dtype, like.device)

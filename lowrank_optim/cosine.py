@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ WAYS: tuple[str, ...] = get_args(Way)
 
 # folding ends where half the size is below: from there on a product takes no longer than the passes that save it
 _LEAF = 64
-# elements that an FFT works on at once, for each thread
-_PART = 1 << 17
+# elements that an FFT along a dimension works on at once, for each thread
+_PART = {-1: 1 << 18, -2: 1 << 17}
 # Hadamard factors of 16 have exact entries, ±1/4; a product of 64 takes no longer than two of fewer
 _SMALL, _FACTOR = 64, 16
 
@@ -50,19 +50,94 @@ def dct(x: Tensor, dim: int, way: Way = "auto") -> Tensor:
 
 
 def choose(size: int, dim: int, dtype: torch.dtype, device: str) -> Literal["matmul", "fft", "folded"]:
-    """Choose how `size` elements along `dim` are transformed, by what was fastest on a CPU.
+    """Choose how `size` elements along `dim` are transformed.
 
-    Milliseconds for 512 columns or rows, the least of 4 to 400 runs, on a core of an AMD EPYC with AVX512, torch 2.13:
+    On a CPU by measurement: milliseconds for 512 rows (-1) or columns (-2) on one core of a quiet AMD EPYC with AVX512,
+    torch 2.13, the least of some 10 to 1,000 runs. A product takes the same along both dimensions.
 
-    ====  =======  ======  =======  ======  =======  =======  =======
-          float32                                    bfloat16
-          -------------------------------------------  ----------------
-       n   matmul  fft -1  folded     fft -2  folded   matmul  folded
-    ====  =======  ======  =======  ======  =======  =======  =======
+    ====  =======  =======  =======  =======  =======  ========  ========  =======
+          float32                                      bfloat16
+    ====  =======  =======  =======  =======  =======  ========  ========  =======
+       n  product   fft -1  fold -1   fft -2  fold -2   product   fold -1  fold -2
+      64    0.048    0.102    0.086    0.168    0.074     0.036     0.101    0.091
+      96    0.100    0.146    0.128    0.251    0.108     0.060     0.160    0.110
+     128    0.171    0.164    0.180    0.310    0.152     0.092     0.162    0.134
+     256    0.656    0.294    0.442    0.586    0.383     0.314     0.362    0.288
+     344     1.21    0.800    0.809    0.977    0.662     0.566     0.587    0.407
+     512     2.64    0.744     1.31     1.10     1.26      1.20     0.892    0.715
+     688     4.83     1.86     2.44     2.23     2.24      2.28      1.61     1.23
+    1024     10.8     1.56     4.72     2.19     4.90      5.08      2.93     2.65
+    1376     19.6     3.75     8.48     4.53     8.03      9.85      5.92     4.59
+    2048     44.5     3.46     17.8     4.71     17.3      21.4      9.79     8.66
+    4096      184     7.21     71.0     10.4     66.2      84.6      33.4     31.8
+    ====  =======  =======  =======  =======  =======  ========  ========  =======
+
+    Two cores take 0.5 to 0.7 of the time from n = 344 on, and down to 64 rows and up to 2048, and in float64, the
+    winners stay the same but for near ties and n = 128: with many rows or in float64 the others of the table gain up to
+    a quarter there, with few rows or two cores they lose more. The FFT of an odd n below 512 is hardly faster than the
+    product, and of primes slower.
+
+    On a GPU nothing has been measured: there it is the product, as for tensors that are more than one.
+
+    Args:
+        size: n.
+        dim: -1 or -2.
+        dtype: of the elements.
+        device: its type; "other" for tensors that are more than one.
     """
+    # a fused kernel, once there is one, is chosen here
     if device != "cpu":
         return "matmul"
-    return "matmul"
+    if dtype not in (torch.float32, torch.float64):
+        # torch has no FFT for them
+        return "folded" if size >= 512 else "matmul"
+    if size <= 128 or (size % 2 == 1 and size < 512):
+        return "matmul"
+    return "folded" if dim == -2 and size < 448 else "fft"
+
+
+class Spectrum(NamedTuple):
+    """DCT-II coefficients of a matrix as an FFT leaves them, which is nearly half of the work: nobody sorts them."""
+
+    values: Tensor  # (rows, n + 1 or n + 2), the rows being those of the matrix or, along -2, its columns
+    energy: Tensor  # (n + 1 or n + 2,)
+    size: int
+    dim: int
+
+    def energies(self) -> Tensor:
+        """Return the sum of squares or of magnitudes along each DCT column."""
+        place, _ = ops.spectrum_places(self.size, self.values.dtype, self.values.device)
+        return self.energy[place]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return the coefficients along these DCT columns, in the orientation of the matrix."""
+        place, sign = ops.spectrum_places(self.size, self.values.dtype, self.values.device)
+        found = self.values.index_select(-1, place[index]).mul_(sign[index])
+        return found if self.dim == -1 else found.mT.contiguous()
+
+
+def spectrum(x: Tensor, dim: int, *, squares: bool = True) -> Spectrum | None:
+    """Return the DCT-II of a matrix along `dim` unsorted, and its energies; None where `dct` takes another way.
+
+    Args:
+        x: (m, n), real; it is not written to.
+        dim: -1 or -2.
+        squares: sums of squares, else of magnitudes.
+    """
+    rows, size = (x, x.size(-1)) if dim == -1 else (x.mT, x.size(-2))
+    if type(x) is not Tensor or x.numel() == 0 or choose(size, dim, x.dtype, x.device.type) != "fft":
+        return None
+    half = torch.empty(len(rows), size // 2 + 1, dtype=x.dtype.to_complex(), device=x.device)
+    values = torch.view_as_real(half).flatten(1)
+    energy = torch.zeros(values.size(1), dtype=x.dtype, device=x.device)
+    count = max(1, ops.part_size(x.device) // size)
+    # while a part is in the cache
+    for start in range(0, len(rows), count):
+        some = slice(start, start + count)
+        ops.half_spectrum(rows[some], half[some])
+        part = values[some]
+        energy += (part.square() if squares else part.abs()).sum(0)
+    return Spectrum(values, energy, size, dim)
 
 
 def hadamard(x: Tensor, dim: int) -> Tensor:
@@ -80,9 +155,11 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
     factor, rest = hadamard_matrix(_FACTOR, x.dtype, x.device), size // _FACTOR
     # one factor is a product with all of x, whichever side of the small matrices is the wide one
     if dim == -1:
-        return hadamard(x.unflatten(-1, (rest, _FACTOR)) @ factor, -2).flatten(-2)
-    wide = factor @ x.unflatten(-2, (_FACTOR, rest)).flatten(-2)
-    return hadamard(wide.unflatten(-1, (rest, x.size(-1))), -2).flatten(-3, -2)
+        inner = x.reshape(*x.shape[:-1], rest, _FACTOR) @ factor
+        return hadamard(inner, -2).flatten(-2)
+    *batch, _, others = x.shape
+    outer = factor @ x.reshape(*batch, _FACTOR, rest * others)
+    return hadamard(outer.view(*batch, _FACTOR, rest, others), -2).flatten(-3, -2)
 
 
 @functools.cache
@@ -112,14 +189,16 @@ def _product(x: Tensor, columns: Tensor, dim: int) -> Tensor:
 
 
 def _by_fft(x: Tensor, dim: int) -> Tensor:
-    """Transform a large matrix in parts, so that the temporaries stay in a CPU's cache: up to four times faster."""
-    if x.device.type != "cpu" or x.dim() < 2 or x.numel() <= _PART * torch.get_num_threads():
+    """Transform in parts, so that temporaries stay in a CPU's cache: of 2048×2048, in less than half the time."""
+    part_size = _PART[dim] * torch.get_num_threads()
+    if x.device.type != "cpu" or x.dim() < 2 or x.numel() <= part_size:
         return ops.dct(x, dim)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # whole matrices, or parts of the side that is not transformed
     along = 0 if x.dim() > 2 else -3 - dim
-    count = _PART * torch.get_num_threads() * x.size(along) // x.numel()
-    for part, made in zip(x.split(max(count, 1), along), out.split(max(count, 1), along), strict=True):
+    count = part_size * x.size(along) // x.numel()
+    parts = zip(torch.split(x, max(count, 1), along), torch.split(out, max(count, 1), along), strict=True)
+    for part, made in parts:
         made.copy_(_by_fft(part[0], dim) if x.dim() > 2 and count < 1 else ops.dct(part, dim))
     return out
 

@@ -46,7 +46,8 @@ class DCTAdamW(ProjectedAdamW):
             columns), or "reset". Default "rotate" (the paper; off in its code).
         column_ages: correct the bias of each column by the number of steps since it entered, instead of by all steps.
             A new column then begins like an Adam of its own; else its first update is (1-β₁)/√(1-β₂) times as large,
-            3.2 with the default betas. Default False (the paper).
+            3.2 with the default betas. With carry "keep" no column enters, and this changes nothing. Default False (the
+            paper).
         error_feedback: keep E, in "float32", "bfloat16", "int8" or "int4"; None drops what the columns do not see.
             E is m·n numbers, which is more than all else. Default None.
         proj_type: as for `GaLoreAdamW`, but for "full". Default "std".

@@ -107,6 +107,8 @@ class LDAdamW(ProjectedAdamW):
         """Add a group; see `ProjectedAdamW`."""
         if isinstance(param_group, dict) and "enable_lowrank" in param_group:
             param_group = dict(param_group)
+            rank = param_group.get("rank", self.defaults["rank"])
+            param_group["rank"] = self.usual_rank if rank is None else rank
             if not param_group.pop("enable_lowrank"):
                 param_group["rank"] = None
         super().add_param_group(param_group)

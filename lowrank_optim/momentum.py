@@ -18,6 +18,7 @@ from lowrank_optim._types import (
     Storage,
     Tick,
     Update,
+    dense,
     matrix_shape,
 )
 from lowrank_optim.steering import Steered
@@ -175,7 +176,7 @@ def _plus(update: Update | None, grad: Tensor, share: float) -> Tensor:
     assert update is not None
     if isinstance(update, Factored):
         return torch.addmm(grad, *update, beta=share)
-    return torch.add(update, grad, alpha=share)
+    return torch.add(dense(update), grad, alpha=share)
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,10 @@ class Trimmed:
         for grad, state, tick in zip(grads, states, ticks, strict=True):
             grad = grad.flatten(1)
             moment = self.storage.read([state], _NAME, grad.shape, grad.dtype)[0].add_(grad)
-            coefficients = self.basis.transform(moment)
-            index = self.basis.select(coefficients)
+            coefficients = self.basis.analyze(moment)
+            index = self.basis.select(coefficients.energies())
             chosen.append({"basis_index": index})
-            coords.append(self.basis.take(coefficients, index))
+            coords.append(coefficients.take(index))
             spent = self.basis.lift(chosen[-1], coords[-1])
             if isinstance(spent, Factored):
                 moment.addmm_(*spent, alpha=self.momentum - 1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowrank_optim import reference, reference_matrix
-from lowrank_optim._types import Factored, Update
+from lowrank_optim import reference, reference_apply, reference_matrix
+from lowrank_optim._types import Factored, Scaled, Update, dense
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -28,6 +28,9 @@ normalized = reference_matrix.normalized
 normal = reference.normal
 orthonormalize = reference.orthonormalize
 dct = reference.dct
+half_spectrum = reference.half_spectrum
+signs = reference.signs
+spectrum_places = reference.spectrum_places
 quantize_ = reference.quantize_
 dequantize_ = reference.dequantize_
 dither = reference.dither
@@ -99,17 +102,20 @@ def apply_(
     that the update takes the same way, or leaves alone.
     """
     cautious = cautious and weight_decay != 0
-    if isinstance(update, Factored):
+    if isinstance(update, Factored | Scaled):
         if not cautious and (param.dim() == 2 or param.is_contiguous()):
-            reference.apply_factored_(param.flatten(1), *update, lr=lr, weight_decay=weight_decay, seed=seed)
+            product = update if isinstance(update, Factored) else update.plus
+            scaled = (update.matrix, update.factors) if isinstance(update, Scaled) else None
+            whole = param.flatten(1)
+            reference_apply.apply_sum_(whole, product, scaled, lr=lr, weight_decay=weight_decay, seed=seed)
             return
-        # signs are those of the product; and in channels_last, flatten(1) of a convolution would be a copy
-        update = update.left @ update.right
+        # signs are those of the whole; and in channels_last, flatten(1) of a convolution would be a copy
+        update = dense(update)
     elif seed is not None and hasattr(param, "_local_tensor"):
         # bits are looked at, so each rank rounds its own part
         param, update = _local(param, param), _local(update, param)
     update = update.view_as(param)
-    reference.apply_(param, update, lr=lr, weight_decay=weight_decay, seed=seed, cautious=cautious)
+    reference_apply.apply_(param, update, lr=lr, weight_decay=weight_decay, seed=seed, cautious=cautious)
 
 
 def _local(x: Any, like: Any) -> Tensor:

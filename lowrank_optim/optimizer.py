@@ -224,7 +224,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             distributed.refuse_coded_shards(p, owner, group["state_dtype"])
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         state = self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
-        if "basis" in state and distributed.is_sharded(p):
+        if distributed.is_sharded(p) and any(name.startswith("basis") for name in state):
             distributed.refuse_shards(p, owner)
         return {"step": step} | state
 
@@ -234,7 +234,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not state:
             self.state[p] = self._new_state(p, group)
             return
-        kept = {name: value for name, value in state.items() if name not in HOST}
+        # what further blocks of a split keep has a number at the end
+        kept = {name: value for name, value in state.items() if name.rstrip("_0123456789") not in HOST}
         moved = any(value.device != p.device for value in kept.values())
         other = torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
         recast = False

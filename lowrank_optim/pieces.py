@@ -54,27 +54,26 @@ class Pieces:
         found = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads]
         moved = [False] * len(grads)
         stacks = [(self._stacks(grad), self._stacks(out)) for grad, out in zip(grads, found, strict=True)]
+        counts = [len(stack) for stack in stacks[0][0]]
         for place, first in enumerate(stacks[0][0]):
+            before = sum(counts[:place])
             rule = self.rule(_sides(first))
             for i, (cut, made) in enumerate(stacks):
                 grad, out = cut[place], made[place]
                 own = [dict(one) for one in self._own(states[i], place, len(grad))]
                 steps = [one.pop("piece_step") for one in own]
-                clocks = [_tick(ticks[i], int(step), j, len(grad)) for j, step in enumerate(steps)]
+                clocks = [_tick(ticks[i], int(step), before + j, sum(counts)) for j, step in enumerate(steps)]
                 with probes.within(i, len(grad)):
-                    updates = rule.updates(list(grad), own, clocks)
-                for j, update in enumerate(updates):
-                    if update is not None:
-                        moved[i] = True
-                        out[j].copy_(dense(update).view_as(out[j]))
-                        steps[j].fill_(clocks[j].step)
+                    # in no variable, so that they are gone when the next ones are made
+                    moved[i] |= _keep_(rule.updates(list(grad), own, clocks), out, steps, clocks)
         return [update if any_ else None for update, any_ in zip(found, moved, strict=True)]
 
     def need(self, shape: Sequence[int]) -> int:
-        """Count what is needed for all matrices at once, and the update of the whole."""
+        """Count gradient and update of the whole, and what else is needed for all equal matrices at once."""
         stacks = self._stacks(torch.empty(shape, device="meta"))
-        inner = max(len(stack) * self.rule(_sides(stack)).need(_sides(stack)) for stack in stacks)
-        return math.prod(shape) + inner
+        # each counts its own part of the gradient
+        inner = max(len(stack) * self.rule(_sides(stack)).need(_sides(stack)) - stack.numel() for stack in stacks)
+        return 2 * math.prod(shape) + inner
 
     def _stacks(self, x: Tensor) -> list[Tensor]:
         """Return the matrices of a parameter as stacks of equal ones, (count, rows, columns); views of it."""
@@ -86,6 +85,15 @@ class Pieces:
         names = [name for name in state if name != "step" and _place(name) == place]
         for j in range(count):
             yield {name.removesuffix(ending): state[name][j] for name in names}
+
+
+def _keep_(updates: list[Update | None], out: Tensor, steps: list[Tensor], ticks: list[Tick]) -> bool:
+    """Put the updates of matrices into their places and count their steps; say whether there are any."""
+    for update, place, step, tick in zip(updates, out, steps, ticks, strict=True):
+        if update is not None:
+            place.copy_(dense(update).view_as(place))
+            step.fill_(tick.step)
+    return any(update is not None for update in updates)
 
 
 def _sides(stack: Tensor) -> tuple[int, int]:

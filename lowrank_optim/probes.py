@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_optim._types import Factored, Update
+from lowrank_optim._types import Factored, Update, dense
 
 # numbers of one parameter, by name: one for each matrix that it holds, each a tensor so that nobody waits for it
 Readings = dict[str, list[Tensor]]
@@ -46,9 +46,11 @@ def listening() -> bool:
 
 
 def chunk(params: Sequence[Tensor]) -> None:
-    """Say whose numbers come next."""
+    """Say whose numbers come next; what they have said before is forgotten."""
     if (probe := _probe.get()) is not None:
         probe.chunk = [id(p) for p in params]
+        for pid in probe.chunk:
+            probe.readings.pop(pid, None)
 
 
 @contextmanager
@@ -96,5 +98,5 @@ def updated(i: int, update: Update) -> None:
         numel = update.left.size(-2) * update.right.size(-1)
         square = (left * right.mT).sum().clamp(min=0) / max(1, numel)
     else:
-        square = update.square().mean()
+        square = dense(update).square().mean()
     probe.note(i, "update_rms", square.sqrt())

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# rows of a low-precision weight are updated in blocks of this many float32 elements
-_BLOCK = 1 << 20
 # odd constants that mix well: the golden ratio's, and one of Wellons' lowbias32
 _MIX = (0x9E3779B1, 0x7FEB352D)
 # counters are made in rows of this length, from one sum of a column and a row
@@ -39,76 +37,27 @@ def _unbias(beta: float, step: int | Tensor) -> float | Tensor:
     return 1 - beta**step
 
 
-def normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Return standard normal numbers from a generator of our own, so that nobody else's numbers change."""
+def signs(shape: tuple[int, int], seed: int, like: Tensor, magnitude: float) -> Tensor:
+    """Return numbers ±magnitude, with random signs from a generator of our own: an eighth of the time of `normal`."""
+    m, n = shape
     source = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(shape, generator=source, dtype=like.dtype, device=like.device)
+    words = torch.empty(-(-m * n // 64), dtype=torch.int64, device=like.device)
+    words.random_(-(1 << 63), None, generator=source)
+    # a byte at a time
+    rows = _signs_of_bytes(like.dtype, like.device).index_select(0, words.view(torch.uint8).int())
+    return rows.view(-1)[: m * n].view(m, n).mul_(magnitude)
 
 
-def apply_(
-    param: Tensor,
-    update: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    seed: int | None = None,
-    cautious: bool = False,
-) -> None:
-    """param ← (1 − lr·wd)·param − lr·update, rounded once; `update` is scratch afterwards.
-
-    With a `seed`, a weight of lower precision than the update is rounded stochastically. With `cautious`, wd is 0 where
-    update and weight differ in sign.
-    """
-    decay = 1 - lr * weight_decay
-    if cautious:
-        decay = (update * param >= 0).to(update.dtype).mul_(-lr * weight_decay).add_(1)
-    if param.dtype == update.dtype:
-        _decay_(param, decay)
-        if isinstance(lr, Tensor):
-            param.sub_(update.mul_(lr))
-        else:
-            param.add_(update, alpha=-lr)
-    else:
-        update.mul_(-lr)
-        if isinstance(decay, Tensor):
-            update.add_(param.to(update.dtype).mul_(decay))
-        else:
-            update.add_(param, alpha=decay)
-        param.copy_(update if seed is None else rounded_(update, param.dtype, [seed]))
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return bits.mul_(2).sub_(1).to(device, dtype)
 
 
-def apply_factored_(
-    param: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    seed: int | None = None,
-) -> None:
-    """param ← (1 − lr·wd)·param − lr·(left @ right) without forming the product.
-
-    `param` (m, n) may be in a lower precision than the factors; then it is updated in blocks of rows, each rounded
-    once (stochastically with a `seed`), so that the float32 temporary stays small whatever m is.
-    """
-    decay, alpha = 1 - lr * weight_decay, -1.0
-    if isinstance(lr, Tensor):
-        # a tensor stays on its device: `alpha` and `beta` of addmm would be read by the host
-        left = left * lr
-    else:
-        alpha = -lr
-    if param.dtype == left.dtype:
-        beta = 1.0
-        if isinstance(decay, Tensor):
-            _decay_(param, decay)
-        else:
-            beta = decay
-        param.addmm_(left, right, beta=beta, alpha=alpha)
-        return
-    rows = max(1, _BLOCK // max(1, param.size(1)))
-    for i, (block, part) in enumerate(zip(torch.split(param, rows), torch.split(left, rows), strict=True)):
-        value = block.to(left.dtype).mul_(decay).addmm_(part, right, alpha=alpha)
-        block.copy_(value if seed is None else rounded_(value, param.dtype, [seed + i * rows * param.size(1)]))
+def normal(shape: tuple[int, ...], seed: int, like: Tensor, std: float = 1.0) -> Tensor:
+    """Return normal numbers from a generator of our own, so that nobody else's numbers change."""
+    source = torch.Generator(like.device).manual_seed(seed)
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(0.0, std, generator=source)
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -137,6 +86,24 @@ def dct(x: Tensor, dim: int) -> Tensor:
     # the upper half are the imaginary parts, backwards
     upper = waves.imag.narrow(dim, 1, (n - 1) // 2).flip(dim).neg_()
     return torch.cat([waves.real, upper], dim)
+
+
+def half_spectrum(x: Tensor, out: Tensor) -> None:
+    """Write the DCT-II of the rows of `x` (m, n) as an FFT has it: `out` (m, n//2 + 1), see `spectrum_places`."""
+    order, turns = _makhoul(x.size(-1), x.dtype, x.device)
+    torch.mul(torch.fft.rfft(x.index_select(-1, order)), turns, out=out)
+
+
+@functools.cache
+def spectrum_places(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each DCT-II coefficient is among the numbers of `half_spectrum` and the sign that it needs there.
+
+    Coefficient k ≤ n/2 is the real part of number k, coefficient n − k less its imaginary part.
+    """
+    k = torch.arange(n)
+    upper = 2 * k > n
+    place = torch.where(upper, 2 * (n - k) + 1, 2 * k)
+    return place.to(device), torch.where(upper, -1.0, 1.0).to(device, dtype)
 
 
 def part_size(device: torch.device) -> int:
@@ -254,11 +221,6 @@ def unpack(packed: Tensor, numel: int) -> Tensor:
     codes = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(packed.dtype)[..., :numel]
     # -8 to 7 in two's complement of 4 bits
     return codes.bitwise_xor_(8).sub_(8) if packed.dtype == torch.int8 else codes
-
-
-def _decay_(param: Tensor, decay: float | Tensor) -> None:
-    if isinstance(decay, Tensor) or decay != 1:
-        param.mul_(decay)
 
 
 def _wrapped(x: int) -> int:

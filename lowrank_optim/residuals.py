@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lowrank_optim._types import Basis, Factored, Look, NewState, State, Storage, Tick, Update
+from lowrank_optim._types import Basis, Factored, Lifted, Look, NewState, Scaled, State, Storage, Tick, Update
 
 ScaleType = Literal["channel", "tensor"]
 SCALE_TYPES = get_args(ScaleType)
@@ -21,6 +21,7 @@ _APART = 0x1B873593
 class _Plain:
     """Looks at the gradient itself, and keeps nothing."""
 
+    held: ClassVar[int] = 0
     recovers: ClassVar[float] = 0.0
 
     def init(self, shape: tuple[int, int], new: NewState) -> State:
@@ -48,6 +49,8 @@ class ErrorFeedback:
     With `recovers` = c, what the first moment loses when its basis moves is added too, c times (LDAdam's generalized
     error feedback, arXiv 2410.16103, with c = β₁/(1 − β₁)). State: `error`, m·n numbers, kept as `storage` says.
     """
+
+    held: ClassVar[int] = 1
 
     storage: Storage
     scale: float = 1.0
@@ -99,16 +102,18 @@ class Limiter:
         """Allocate the norm."""
         return {"update_norm": new((1,))}
 
-    def limit_(self, state: State, update: Tensor, tick: Tick) -> Tensor:
-        """Scale `update` down where it is too large, and keep its norm."""
+    def limit_(self, state: State, factors: Tensor, squares: Tensor, tick: Tick) -> None:
+        """Divide the factors on channels of these sums of squares by what is too much, and keep the norm left."""
+        # channels that are not finite, or whose squares are not, are left out
+        made = squares * factors.square()
+        norm = torch.where(made.isfinite(), made, 0.0).sum().sqrt()
         beta1, beta2 = self.betas
-        correction = (1 - beta2**tick.step) ** 0.5 / (1 - beta1**tick.step)
+        norm.div_((1 - beta2**tick.step) ** 0.5 / (1 - beta1**tick.step))
         before = state["update_norm"]
-        norm = torch.linalg.vector_norm(update) / correction
         over = (norm / (before + _TINY)).clamp_(min=self.growth).div_(self.growth)
         over = torch.where(before > 0, over, 1.0)
         before.copy_(norm / over)
-        return update.div_(over)
+        factors.div_(over)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,18 @@ class Fira(_Plain):
 
     def update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the direction, lifted, and the rest as Adam would scale it."""
-        rest = _outside(basis, state, look, self.taken).mul_(_ratio(look, rank_dim(basis)))
+        factors = _ratio(look, rank_dim(basis))
         if self.limiter is not None:
-            rest = self.limiter.limit_(state, rest, look.tick)
-        return _plus_(rest.mul_(self.share), basis.lift(state, look.direction.mul_(self.scale)), 1.0)
+            # ‖G − t lift(R)‖² of each channel by Pythagoras, so that no matrix is formed
+            squares = _squares(look.matrix, rank_dim(basis))
+            squares.sub_(_squares(look.coords, rank_dim(basis)), alpha=self.taken * (2 - self.taken)).clamp_(min=0)
+            self.limiter.limit_(state, factors, squares, look.tick)
+        factors.mul_(self.share)
+        inside = look.direction.mul_(self.scale).addcmul_(look.coords, factors, value=-self.taken)
+        update = basis.lift(state, inside)
+        if isinstance(update, Factored):
+            return Scaled(look.matrix, factors, update)
+        return update.addcmul_(look.matrix, factors)
 
 
 @dataclass(frozen=True)
@@ -155,10 +168,12 @@ class GradientScaling(_Plain):
 
     def update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the gradient, scaled."""
-        update = look.matrix * _ratio(look, None if self.scale_type == "tensor" else rank_dim(basis))
+        whole = self.scale_type == "tensor"
+        factors = _ratio(look, None if whole else rank_dim(basis))
         if self.limiter is not None:
-            update = self.limiter.limit_(state, update, look.tick)
-        return update.mul_(self.scale**0.5)
+            squares = _squares(look.matrix, None if whole else rank_dim(basis))
+            self.limiter.limit_(state, factors, squares, look.tick)
+        return Scaled(look.matrix, factors.mul_(self.scale**0.5))
 
 
 def rank_dim(basis: Basis) -> int:
@@ -166,21 +181,28 @@ def rank_dim(basis: Basis) -> int:
     return -1 if basis.side == "right" else -2
 
 
+def _squares(x: Tensor, dim: int | None) -> Tensor:
+    """Return the sums of squares over one dimension, or over both."""
+    if dim == -1:
+        # and two passes where it is not the last: along the first vector_norm is ten times slower on a CPU
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norms.square_()
+    return x.square().sum((-2, -1) if dim is None else dim, keepdim=True)
+
+
 def _ratio(look: Look, dim: int | None) -> Tensor:
     """Return ‖direction‖ / ‖coordinates‖ over one dimension, or over both."""
-    over = (-2, -1) if dim is None else dim
-    # along the first dimension vector_norm is ten times slower on a CPU than this
-    direction, coords = (x.square().sum(over, keepdim=True).sqrt_() for x in (look.direction, look.coords))
+    direction, coords = (_squares(x, dim).sqrt_() for x in (look.direction, look.coords))
     return direction.div_(coords.add_(_TINY))
 
 
-def _outside(basis: Basis, state: State, look: Look, taken: float = 1.0) -> Tensor:
+def _outside(basis: Basis, state: State, look: Look) -> Tensor:
     """Return the matrix without what of it lies in the basis, in memory of its own."""
     inside = basis.lift(state, look.coords)
     if isinstance(inside, Factored):
-        return torch.addmm(look.matrix, *inside, alpha=-taken)
-    return torch.sub(look.matrix, inside, alpha=taken)
+        return torch.addmm(look.matrix, *inside, alpha=-1)
+    return torch.sub(look.matrix, inside)
 
 
-def _plus_(x: Tensor, update: Update, alpha: float) -> Tensor:
+def _plus_(x: Tensor, update: Lifted, alpha: float) -> Tensor:
     return x.addmm_(*update, alpha=alpha) if isinstance(update, Factored) else x.add_(update, alpha=alpha)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_optim import probes
 from lowrank_optim._types import (
     Basis,
+    Lifted,
     Look,
     Move,
     NewState,
@@ -105,9 +106,15 @@ class Projected:
         return found
 
     def need(self, shape: Sequence[int]) -> int:
-        """Count a gradient, and a weight and a direction or what the inner rule needs, whichever is more."""
+        """Count what is looked at, and a weight and an update or what the inner rule needs, whichever is more."""
         matrix = matrix_shape(shape)
-        return math.prod(matrix) + max(2 * math.prod(matrix), self.inner.need(self.basis.coords_shape(matrix)))
+        whole, coords = math.prod(matrix), math.prod(self.basis.coords_shape(matrix))
+        inner = self.inner.need(self.basis.coords_shape(matrix))
+        if self.carry == "rotate":
+            # both moments read, the matrices between the second one and what it becomes, and what the first one loses
+            inner += (7 if self.residual.recovers else 5) * coords
+        # coordinates and their direction are there while an update is made of them
+        return (1 + self.residual.held) * whole + max(2 * whole, whole + 2 * coords, inner)
 
     def _refresh_(
         self, seen: list[Tensor], states: list[State], ticks: list[Tick], turned: list["_Turned"]
@@ -176,7 +183,9 @@ class Projected:
         move: Move = Forget() if self.carry == "reset" else self.basis.move(old, state)
         if moment is None or not self.residual.recovers:
             return _Turned(coords, move)
-        return _Turned(coords, move, (self.basis.lift(old, moment), self.basis.lift(state, move.first(moment))))
+        # a copy: the stored moment has moved when the residual looks at what it was
+        before = self.basis.lift(old, moment.clone())
+        return _Turned(coords, move, (before, self.basis.lift(state, move.first(moment))))
 
 
 @dataclass(frozen=True)
@@ -187,4 +196,4 @@ class _Turned:
     coords: Tensor | None = None
     move: Move | None = None
     # the first moment before and after, lifted
-    lost: tuple[Update, ...] = ()
+    lost: tuple[Lifted, ...] = ()

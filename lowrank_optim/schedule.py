@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lowrank_optim._types import NewState, State, Tick
 
+# 9 of 10 is less than 0.9 in float32, and so may 1 be
+_ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -73,7 +76,7 @@ class Adaptive(Schedule):
             self._set_(state, 1 + max(1, self._turn(tick)), 0)
             return
         period = int(state["basis_due"][1])
-        found_again = overlap is not None and float(overlap) >= self.overlap
+        found_again = overlap is not None and float(overlap) >= self.overlap - _ROUNDING
         period = min(2 * period, self.most * self.gap) if found_again and period else self.gap
         self._set_(state, tick.step + period, period)
 

@@ -9,8 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion
+from lowrank_optim import (
+    APOLLOAdamW,
+    AuON,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LDAdamW,
+    LowRankMuon,
+    Muon,
+    SteepestDescent,
+    Trion,
+)
 from lowrank_optim.optimizer import RuleOptimizer
+from lowrank_optim.projected import ProjectedAdamW
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,27 @@ class Way:
 
     def rates(self, lr: float | Tensor) -> dict[str, Any]:
         """Return the options that make this the learning rate of every group."""
-        return {"lr": lr} if self.kind is GaLoreAdamW else {"lr": lr, "fallback_lr": lr}
+        return {"lr": lr} if self.adam else {"lr": lr, "fallback_lr": lr}
+
+    @property
+    def adam(self) -> bool:
+        """Whether all parameters have moments of Adam, in coordinates or not."""
+        return issubclass(self.kind, ProjectedAdamW)
 
     @property
     def guarded(self) -> bool:
         """Whether a refresh of a basis waits for a gradient that is finite and not zero."""
-        return self.options.get("basis") in ("svd", "subspace")
+        return self.basis in ("svd", "rsvd", "subspace")
+
+    @property
+    def basis(self) -> str:
+        """The basis; "" where there is none, or one that asks nothing."""
+        default = {FiraAdamW: "svd", LDAdamW: "subspace"}.get(self.kind, "")
+        return str(self.options.get("basis", default))
+
+    def seldom(self, gap: int) -> dict[str, Any]:
+        """Return the options with which a guarded basis is refreshed every `gap` steps; LDAdam's always is, at each."""
+        return {"stagger": False, "update_proj_gap": gap} if self.guarded and self.kind is not LDAdamW else {}
 
 
 # small gaps, so that the few steps of a test cross refreshes
@@ -55,6 +82,27 @@ ALL = [
     Way("subspace", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace"}),
     Way("galore-int8", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "state_dtype": "int8"}),
     Way("galore-int4", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "svd", "state_dtype": "int4"}),
+    Way("rotate", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "carry": "rotate"}),
+    Way("reset", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "dct", "carry": "reset", "residual": "sign"}),
+    Way("feedback", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "rsvd", "residual": "error_feedback"}),
+    Way("random", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "random", "carry": "rotate"}),
+    Way("adaptive", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "adaptive_overlap": 0.5}),
+    Way("identity", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "identity"}),
+    Way("dct", DCTAdamW, {"rank": 2}),
+    Way("dct-ages", DCTAdamW, {"rank": 2, "column_ages": True, "error_feedback": "int8"}),
+    Way("dct-int8", DCTAdamW, {"rank": 2, "update_proj_gap": 2, "carry": "keep", "state_dtype": "int8"}),
+    Way("apollo", APOLLOAdamW, {"rank": 2, "update_proj_gap": 3}),
+    Way("apollo-mini", APOLLOAdamW, {"rank": 1, "update_proj_gap": 2, "scale": 128.0, "scale_type": "tensor"}),
+    Way("apollo-int8", APOLLOAdamW, {"rank": 2, "update_proj_gap": 2, "basis": "svd", "state_dtype": "int8"}),
+    Way("fira", FiraAdamW, {"rank": 2, "update_proj_gap": 3}),
+    Way(
+        "fira-code",
+        FiraAdamW,
+        {"rank": 2, "update_proj_gap": 2, "basis": "subspace", "carry": "rotate", "published_code": True},
+    ),
+    Way("fira-int8", FiraAdamW, {"rank": 2, "update_proj_gap": 2, "norm_growth": None, "state_dtype": "int8"}),
+    Way("ldadam", LDAdamW, {"rank": 2}),
+    Way("ldadam-int4", LDAdamW, {"rank": 2, "error_feedback": "int4", "state_dtype": "int8"}),
     Way("muon", Muon, {"weight_decay": 0.0, "ns_dtype": "bfloat16"}),
     Way(
         "normuon",
@@ -86,7 +134,8 @@ NAMED = {way.name: way for way in ALL}
 # where what is kept between steps makes no difference
 PATHS = [pytest.param(way, id=way.name) for way in ALL if way.name == "muon-int4" or "state_dtype" not in way.options]
 # one for each class, where the path within a class makes no difference
-CLASSES = [pytest.param(NAMED[name], id=name) for name in ("svd", "muon", "lowrank-dct", "trion", "auon", "steepest")]
+_ONES = ("svd", "dct", "apollo", "fira", "ldadam", "muon", "lowrank-dct", "trion", "auon", "steepest")
+CLASSES = [pytest.param(NAMED[name], id=name) for name in _ONES]
 
 
 def mlp() -> nn.Sequential:

@@ -81,6 +81,7 @@ MISTAKES = {
     "heads": (["--model.heads=5"], "model.heads"),
     "too long": (["--train.seq_len=4096", "--model.max_len=1024"], "model.max_len"),
     "device": (["--train.device=toaster"], "toaster"),
+    "diagnostics": (["--track.diagnostics=some"], "track.diagnostics"),
     "resume from nowhere": (["--resume=nowhere.pt"], "nowhere.pt"),
     "never over a run": (["--resume=never"], "holds a run"),
     "another optimizer": (["--optim.lr=0.02"], "optim.lr 0.01 -> 0.02"),

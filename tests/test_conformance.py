@@ -83,6 +83,9 @@ GALORE = [
 BRIEF = ({"lr": 0.02, "weight_decay": 0.1}, {"lr": torch.tensor(0.02), "maximize": True})
 OTHERS = [
     Info(NAMED["galore-int4"], *BRIEF),
+    *[Info(NAMED[name], *BRIEF) for name in ("rotate", "reset", "feedback", "random", "adaptive", "identity")],
+    *[Info(NAMED[name], *BRIEF) for name in ("dct", "dct-ages", "dct-int8", "apollo", "apollo-mini", "apollo-int8")],
+    *[Info(NAMED[name], *BRIEF) for name in ("fira", "fira-code", "fira-int8", "ldadam", "ldadam-int4")],
     Info(NAMED["muon"], *BRIEF),
     Info(NAMED["muon-int8"], *BRIEF),
     Info(NAMED["lowrank-dct"], *BRIEF),

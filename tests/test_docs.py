@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = [name for name in vars(lowrank_optim) if not name.startswith("_")]
 
 
-CLASSES = ["galore", "muon", "lowrank_muon", "trion", "auon", "steepest"]
-MODULES = [*CLASSES, "orthogonal", "coefficients", "memory", "params", "allocation"]
+CLASSES = ["galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"]
+MODULES = [*CLASSES, "orthogonal", "coefficients", "memory", "params", "allocation", "diagnostics"]
 
 
 @pytest.mark.parametrize("module", MODULES)

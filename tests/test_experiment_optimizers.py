@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,11 +20,38 @@ from tests import tiny_run
 
 CLASSES = {
     "galore_adamw": "GaLoreAdamW",
+    "dct_adamw": "DCTAdamW",
+    "apollo_adamw": "APOLLOAdamW",
+    "fira_adamw": "FiraAdamW",
+    "ldadamw": "LDAdamW",
     "muon": "Muon",
     "lowrank_muon": "LowRankMuon",
     "trion": "Trion",
     "auon": "AuON",
     "steepest_descent": "SteepestDescent",
+}
+PROJECTED = ("galore_adamw", "dct_adamw", "apollo_adamw", "fira_adamw", "ldadamw")
+# a value of each of their options that is nobody's default
+VALUES: dict[str, Any] = {
+    "betas": (0.7, 0.8),
+    "eps": 1e-5,
+    "stagger": False,
+    "residual": "fira",
+    "residual_scale": 0.5,
+    "carry": "reset",
+    "adaptive_overlap": 0.4,
+    "ranking": "l1",
+    "column_ages": True,
+    "error_feedback": "int8",
+    "scale_type": "tensor",
+    "published_code": True,
+    "rho": 0.5,
+    "rank": 4,
+    "update_proj_gap": 9,
+    "basis": "subspace",
+    "scale": 0.5,
+    "proj_type": "left",
+    "state_dtype": "int4",
 }
 D, F, LAYERS = 32, 64, 2
 MATRIX_ELEMENTS = LAYERS * (4 * D * D + 3 * D * F)
@@ -87,6 +114,45 @@ def test_options_reach_the_matrices_and_the_rest() -> None:
     assert by_name["embeddings"]["fallback_eps"] == 1e-5
 
 
+def options_of(name: str) -> list[str]:
+    return [*OPTIMIZERS[name].arguments, *OPTIMIZERS[name].of_matrices]
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in PROJECTED for option in options_of(name)])
+def test_each_option_of_a_projected_optimizer_reaches_it(name: str, option: str) -> None:
+    # two bases are all that APOLLO knows
+    value = "svd" if (name, option) == ("apollo_adamw", "basis") else VALUES[option]
+    usual, _ = build_optimizer(model(), OptimConfig(name=name))
+    optimizer, _ = build_optimizer(model(), OptimConfig(**{"name": name, option: value}))
+    key = OPTIMIZERS[name].arguments.get(option, option)
+    given, default = optimizer.param_groups[0][key], usual.param_groups[0][key]
+    assert given == value != default
+    # and nothing else has changed, nor anything of the rest that is the matrices' alone
+    for ours, theirs in zip(optimizer.param_groups, usual.param_groups, strict=True):
+        other = {k for k in ours if k not in ("params", key)}
+        assert {k: ours[k] for k in other} == {k: theirs[k] for k in other}
+    if option in OPTIMIZERS[name].of_matrices:
+        assert all(group[key] != value for group in optimizer.param_groups[1:])
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_a_run_takes_all_that_a_projected_optimizer_has(name: str, text: Path, tmp_path: Path) -> None:
+    values = {option: VALUES[option] for option in options_of(name)}
+    values |= {"basis": "svd"} if name == "apollo_adamw" else {}
+    words = [f"--optim.{option}={json.dumps(value).strip(chr(34))}" for option, value in values.items()]
+    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.steps=12", f"--optim.name={name}", *words)) == 0
+    assert parse(["--config", str(tmp_path / "r" / "config.yaml")]).optim == dataclasses.replace(
+        Config().optim, name=name, lr=0.01, **({"rank": 8, "update_proj_gap": 7} | values)
+    )
+    losses = [row["train/loss"] for row in tiny_run.rows(tmp_path / "r") if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    whole = tiny_run.rows(tmp_path / "r")
+    # what is kept under these options goes on to the bit
+    (tmp_path / "r" / "checkpoints" / "step-00000012.pt").unlink()
+    assert main(tiny_run.arguments(text, tmp_path / "r", "--train.steps=12", f"--optim.name={name}", *words)) == 0
+    assert tiny_run.rows(tmp_path / "r") == whole
+
+
 def test_null_leaves_an_option_to_the_optimizer() -> None:
     optimizer, _ = build_optimizer(model(), OptimConfig(name="galore_adamw", rank=8))
     matrices = optimizer.param_groups[0]
@@ -95,6 +161,13 @@ def test_null_leaves_an_option_to_the_optimizer() -> None:
     assert (matrices["basis"], matrices["scale"], matrices["stagger"]) == ("svd", 1.0, True)
     optimizer, _ = build_optimizer(model(), OptimConfig(name="muon"))
     assert optimizer.param_groups[0]["momentum"] == 0.95
+    gaps = {"dct_adamw": 1, "apollo_adamw": 50, "fira_adamw": 50, "ldadamw": 1}
+    for name, gap in gaps.items():
+        optimizer, _ = build_optimizer(model(), OptimConfig(name=name, rank=8))
+        assert optimizer.param_groups[0].get("update_proj_gap") == gap
+        # not refused, and LDAdam's cannot be another
+        optimizer, _ = build_optimizer(model(), OptimConfig(name=name, rank=8, update_proj_gap=9))
+        assert optimizer.param_groups[0]["update_proj_gap"] == (1 if name == "ldadamw" else 9)
 
 
 @pytest.mark.parametrize(
@@ -102,20 +175,59 @@ def test_null_leaves_an_option_to_the_optimizer() -> None:
     [
         ({"name": "adamw", "momentum": 0.9}, "optim.momentum=0.9 means nothing to optim.name=adamw"),
         ({"name": "adamw", "state_dtype": "int8"}, "optim.state_dtype=int8 means nothing to optim.name=adamw"),
-        ({"name": "galore_adamw", "residual": 0.3}, "optim.residual=0.3 means nothing to optim.name=galore_adamw"),
+        ({"name": "galore_adamw", "residual": 0.3}, "residual"),
+        ({"name": "galore_adamw", "adaptive_overlap": 1.5}, "adaptive_overlap"),
+        ({"name": "galore_adamw", "carry": "drop"}, "carry"),
+        ({"name": "galore_adamw", "ranking": "l1"}, "optim.ranking=l1 means nothing to optim.name=galore_adamw"),
+        ({"name": "galore_adamw", "rho": 0.5}, "optim.rho=0.5 means nothing to optim.name=galore_adamw"),
+        ({"name": "dct_adamw", "residual": "fira"}, "optim.residual=fira means nothing to optim.name=dct_adamw"),
+        ({"name": "dct_adamw", "error_feedback": "int2"}, "error_feedback"),
+        ({"name": "dct_adamw", "ranking": "l3"}, "ranking"),
+        ({"name": "dct_adamw", "proj_type": "full"}, "proj_type"),
+        ({"name": "apollo_adamw", "carry": "keep"}, "optim.carry=keep means nothing to optim.name=apollo_adamw"),
+        ({"name": "apollo_adamw", "scale_type": "row"}, "scale_type"),
+        ({"name": "apollo_adamw", "basis": "dct"}, "basis"),
+        ({"name": "apollo_adamw", "scale": -1.0}, "scale"),
+        ({"name": "fira_adamw", "scale_type": "tensor"}, "optim.scale_type=tensor means nothing to optim.name=fira"),
+        ({"name": "fira_adamw", "proj_type": "full"}, "proj_type"),
+        ({"name": "fira_adamw", "carry": "lose"}, "carry"),
+        ({"name": "ldadamw", "carry": "rotate"}, "optim.carry=rotate means nothing to optim.name=ldadamw"),
+        ({"name": "ldadamw", "rho": 1.5}, "rho"),
+        ({"name": "ldadamw", "rank": 0}, "rank"),
+        ({"name": "muon", "published_code": True}, "optim.published_code=True means nothing to optim.name=muon"),
+        ({"name": "lowrank_muon", "residual": "fira"}, "residual"),
         ({"name": "muon", "momentum": 1.5}, "momentum"),
         ({"name": "muon", "adjust_lr_fn": "best"}, "adjust_lr_fn"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         build_optimizer(model(), OptimConfig(**options))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "word", ["--optim.carry=lose", "--optim.rankings=l1", "--optim.residual=drop", "--optim.rho=much"]
+)
+def test_the_command_line_refuses_others_in_one_line(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse([word])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert word.partition("=")[0].removeprefix("--") in told
 
 
 def test_the_command_line_takes_them() -> None:
     words = ["--optim.name=muon", "--optim.momentum=0.8", "--optim.ns_coefficients=[2,-1.5,0.5]", "--optim.ns_steps=3"]
     c = parse(words).optim
     assert (c.name, c.momentum, c.ns_coefficients, c.ns_steps) == ("muon", 0.8, (2.0, -1.5, 0.5), 3)
+    words = ["--optim.name=dct_adamw", "--optim.column_ages=true", "--optim.error_feedback=int8", "--optim.rank=0.25"]
+    c = parse(words).optim
+    assert (c.name, c.column_ages, c.error_feedback, c.rank) == ("dct_adamw", True, "int8", 0.25)
+    assert parse(["--optim.residual=0.5"]).optim.residual == 0.5
+    assert parse(["--optim.residual=fira"]).optim.residual == "fira"
     assert parse(["--optim.ns_coefficients=you"]).optim.ns_coefficients == "you"
     assert parse([]).optim == Config().optim
 

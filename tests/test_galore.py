@@ -287,7 +287,10 @@ def test_a_tensor_lr_equals_a_number(shape, dtype):
         ({"rank": 0.0}, "rank: 0.0"),
         ({"rank": True}, "rank: True"),
         ({"rank": 4, "proj_type": "diagonal"}, "proj_type: 'diagonal', must be one of std, reverse_std, left"),
-        ({"rank": 4, "basis": "dct"}, "basis: 'dct', must be one of svd, subspace"),
+        (
+            {"rank": 4, "basis": "fft"},
+            "basis: 'fft', must be one of svd, rsvd, subspace, random, dct, identity, hadamard",
+        ),
         ({"rank": 4, "update_proj_gap": 0}, "update_proj_gap: 0, must be an int >= 1"),
         ({"rank": 4, "scale": float("nan")}, "scale: nan"),
         ({"rank": 4, "update_proj_gpa": 10}, "unknown key 'update_proj_gpa'.*did you mean 'update_proj_gap'"),

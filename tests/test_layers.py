@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_checks": set(),
     "reference": set(),
     "reference_matrix": set(),
+    "reference_apply": {"reference"},
     # and kernels, inside functions
-    "ops": {"_types", "reference", "reference_matrix"},
+    "ops": {"_types", "reference", "reference_apply", "reference_matrix"},
     # parts use none of each other: they meet in the public files
     "storage": PARTS,
     "cosine": {"ops"},
@@ -67,9 +68,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "params": CORE | {"roles"},
     "allocation": CORE | {"roles"},
     "memory": CORE,
+    "diagnostics": {"probes"},
     "__init__": {
         *("galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"),
-        *("orthogonal", "coefficients", "memory", "ops", "params", "allocation"),
+        *("orthogonal", "coefficients", "memory", "ops", "params", "allocation", "diagnostics"),
     },
 }
 

@@ -396,7 +396,7 @@ def test_a_rank_is_for_matrices_alone():
         ({"rank": 0.0, "residual": 1.0}, "rank: 0.0"),
         ({"rank": True}, "rank: True"),
         ({"rank": None}, "rank: None"),
-        ({"basis": "random"}, "basis: 'random', must be one of svd, subspace, dct, identity"),
+        ({"basis": "fft"}, "basis: 'fft', must be one of svd, rsvd, subspace, random, dct, identity, hadamard"),
         ({"update_proj_gap": 0}, "update_proj_gap: 0, must be None or an int >= 1"),
         ({"update_proj_gap": 2.0}, "update_proj_gap: 2.0"),
         ({"residual": -0.1}, "residual: -0.1, must be None or a number >= 0"),

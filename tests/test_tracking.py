@@ -12,14 +12,19 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import wandb
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from experiments.config import TrackConfig
+from experiments.curves import draw
+from experiments.llama import Llama, LlamaConfig
 from experiments.pretrain import main
-from experiments.tracking import METRICS, Tracker, deterministic, documented, has_login, read, wandb_mode
+from experiments.tracking import METRICS, Tracker, deterministic, documented, has_login, metric_of, read, wandb_mode
+from lowrank_optim import probes
 from tests import tiny_run
-from tests.wandb_reader import OfflineRun, read_runs
+from tests.wandb_reader import OfflineRun, read_runs, records
 
 HERE = documented("cpu")
+FAMILIES = {name for name in HERE if name.endswith("*")}
 # a run that somebody watches in wandb: rows are not all alike
 OPTIONS = ("--track.wandb=on", "--track.project=tiny", "--track.tags=[first,second]", "--train.log_every=2")
 
@@ -48,18 +53,45 @@ def tracker(directory: Path | None, said: list[str], **more: Any) -> Tracker:
 
 def test_every_documented_metric_is_logged_and_no_other(tracked: Path) -> None:
     rows = read(tracked / "metrics.jsonl")
-    assert {key for row in rows for key in row} == set(HERE)
+    assert {metric_of(key) for row in rows for key in row} == set(HERE)
     assert all({"step", "tokens"} <= row.keys() for row in rows)
     assert set(METRICS) > set(HERE)
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("train/loss", "train/loss"),
+        ("layers/update_rms/embed/weight", "layers/update_rms/*"),
+        ("layers/update_rms", None),
+        ("layers/other/embed/weight", None),
+        ("train/losses", None),
+    ],
+)
+def test_a_key_is_documented_by_its_name_or_that_of_its_family(key: str, name: str | None) -> None:
+    assert metric_of(key) == name
+
+
 def test_wandb_has_every_metric_with_its_axis_and_summary(offline: OfflineRun) -> None:
-    assert set(offline.metrics) == set(HERE)
-    for name, metric in HERE.items():
+    # a family has a name of another kind, see below
+    assert offline.metrics.keys() - {""} == HERE.keys() - FAMILIES
+    for name in HERE.keys() - FAMILIES:
         axis, kept = offline.metrics[name]
-        assert axis == (metric.axis or "")
-        assert kept == ({metric.summary} if metric.axis else set())
+        assert axis == (HERE[name].axis or "")
+        assert kept == ({HERE[name].summary} if HERE[name].axis else set())
         assert any(name in row for row in offline.history)
+
+
+def test_wandb_has_every_family_with_its_axis(tracked: Path, offline: OfflineRun) -> None:
+    (log,) = tracked.glob("wandb/offline-run-*/run-*.wandb")
+    defined = [record.metric for record in records(log) if record.WhichOneof("record_type") == "metric"]
+    axes = {metric.glob_name: metric.step_metric for metric in defined if metric.glob_name}
+    assert axes == {name: HERE[name].axis for name in FAMILIES}
+    for name in FAMILIES:
+        found = {key for row in offline.history for key in row if metric_of(key) == name}
+        assert found
+        # that it has a value of its own kind means that wandb has seen to which family it belongs
+        assert all(offline.summary[key].keys() == {HERE[name].summary} for key in found)
 
 
 def test_wandb_has_the_rows_of_the_file(tracked: Path, offline: OfflineRun) -> None:
@@ -102,13 +134,88 @@ def test_a_resumed_run_continues_the_same_curves(text: Path, tracked: Path, tmp_
     assert first.run_id == second.run_id != read_runs(tracked)[0].run_id
     assert first.metrics == second.metrics
     joined = read(run_dir / "metrics.jsonl")
-    for name in ("train/loss", "eval/loss", "mem/opt_state_bytes"):
+    for name in ("train/loss", "eval/loss", "mem/opt_state_bytes", "basis/captured_energy", "update/rms"):
         axis = HERE[name].axis
         curve = first.curve(name) + second.curve(name)
         assert curve == [(row[axis], row[name]) for row in joined if name in row]
         assert [x for x, _ in curve] == sorted({x for x, _ in curve})
     # wandb's own counter starts again, which is why it is no axis
     assert second.history[0]["_step"] == 0
+
+
+def layers(row: dict[str, Any], reading: str) -> dict[str, float]:
+    prefix = f"layers/{reading}/"
+    return {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+
+
+def test_means_are_those_of_the_matrices_and_layers_have_their_names(tracked: Path) -> None:
+    rows = [row for row in read(tracked / "metrics.jsonl") if "train/loss" in row]
+    named = dict(Llama(LlamaConfig(dim=32, layers=2, heads=2, ffn_dim=64)).named_parameters())
+    names = {name.replace(".", "/") for name in named}
+    matrices = {name.replace(".", "/") for name, p in named.items() if name.startswith("layers.") and p.dim() == 2}
+    assert len(matrices) == 14
+    turns = []
+    for row in rows:
+        assert layers(row, "update_rms").keys() == names
+        assert layers(row, "captured_energy").keys() == layers(row, "effective_rank").keys() == matrices
+        for reading, (low, high) in {"captured_energy": (0, 1), "effective_rank": (1, 8)}.items():
+            values = layers(row, reading)
+            assert row[f"basis/{reading}"] == pytest.approx(sum(values.values()) / 14)
+            assert all(low <= value <= high + 1e-6 for value in values.values())
+        mean = sum(value for name, value in layers(row, "update_rms").items() if name in matrices) / 14
+        assert row["update/rms"] == pytest.approx(mean)
+        # of those that are refreshed in this step, each in one of seven
+        turns.append(overlaps := layers(row, "subspace_overlap"))
+        assert ("basis/subspace_overlap" in row) == bool(overlaps)
+    assert {name for overlaps in turns for name in overlaps} == matrices
+    assert max(map(len, turns)) < 14
+
+
+def test_the_means_are_drawn(tracked: Path, tmp_path: Path) -> None:
+    assert (tracked / "basis.png").read_bytes().startswith(b"\x89PNG")
+    rows = (tracked / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(rows[:3]))
+    # rows in which none of these numbers was finite leave a gap
+    bare = [{k: None if k.startswith("basis/") else v for k, v in json.loads(row).items()} for row in rows[3:]]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in bare)
+    assert [path.name for path in draw(tmp_path)] == ["loss.png", "memory.png", "basis.png"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 4, "train/loss": 3.0}) + "\n")
+    assert [path.name for path in draw(tmp_path)] == ["loss.png", "memory.png"]
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_what_is_listened_to_changes_no_other_number(log_every: int, text: Path, tmp_path: Path) -> None:
+    often = f"--train.log_every={log_every}"
+    assert main(tiny_run.arguments(text, tmp_path / "on", often)) == 0
+    assert main(tiny_run.arguments(text, tmp_path / "off", often, "--track.diagnostics=false")) == 0
+    heard, unheard = tiny_run.rows(tmp_path / "on"), tiny_run.rows(tmp_path / "off")
+    of_optimizer = ("basis/", "update/", "layers/")
+    assert [{k: v for k, v in row.items() if not k.startswith(of_optimizer)} for row in heard] == unheard
+    assert sum("update/rms" in row for row in heard) == -(-20 // log_every)
+    # and there is nothing to draw
+    assert [(tmp_path / name / "basis.png").exists() for name in ("on", "off")] == [True, False]
+
+
+def test_only_the_steps_with_a_row_are_listened_to(text: Path, tmp_path: Path) -> None:
+    heard: list[bool] = []
+    hook = register_optimizer_step_pre_hook(lambda *_: heard.append(probes.listening()))
+    try:
+        assert main(tiny_run.arguments(text, tmp_path / "r", "--train.log_every=6")) == 0
+    finally:
+        hook.remove()
+    assert [step for step, listened in enumerate(heard, 1) if listened] == [6, 12, 18, 20]
+
+
+@pytest.mark.parametrize(("name", "basis", "update"), [("adamw", False, False), ("muon", False, True)])
+def test_an_optimizer_without_bases_says_what_it_can(
+    name: str, basis: bool, update: bool, text: Path, tmp_path: Path
+) -> None:
+    assert main(tiny_run.arguments(text, tmp_path / "r", f"--optim.name={name}", "--train.steps=3")) == 0
+    row = read(tmp_path / "r" / "metrics.jsonl")[-1]
+    found = [any(key.startswith(part) for key in row) for part in ("basis/", "update/", "layers/")]
+    assert found == [basis, update, update]
+    assert (tmp_path / "r" / "basis.png").exists() == basis
 
 
 # attribute of a wandb run -> what the tracker was about to do
@@ -305,5 +412,7 @@ def test_clock_and_machine_are_left_out_of_a_comparison() -> None:
     assert kept == {
         *("step", "tokens", "train/loss", "train/lr", "train/skipped", "train/grad_norm"),
         *("eval/loss", "eval/perplexity", "eval/bits_per_byte"),
+        *("basis/captured_energy", "basis/effective_rank", "basis/subspace_overlap", "update/rms"),
+        *FAMILIES,
         *("mem/params_bytes", "mem/grads_bytes", "mem/opt_state_bytes", "mem/basis_bytes", "mem/adamw_state_bytes"),
     }

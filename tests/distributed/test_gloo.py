@@ -23,7 +23,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
-from lowrank_optim import AuON, GaLoreAdamW, LowRankMuon, Muon, SteepestDescent, Trion, param_groups
+from lowrank_optim import (
+    APOLLOAdamW,
+    AuON,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LDAdamW,
+    LowRankMuon,
+    Muon,
+    SteepestDescent,
+    Trion,
+    param_groups,
+)
 from tests.distributed._ranks import WORLD, Ranks
 from tests.small_model import NAMED
 
@@ -101,7 +113,10 @@ def replicas_follow_one_process(rank: int, _: Path) -> None:
 
 def replicas_of_every_class_follow_one_process(rank: int, _: Path) -> None:
     """The same directions, columns and roundings on every rank."""
-    for name in ("muon", "muon-int4", "lowrank-dct", "lowrank-svd", "residual", "trion", "auon", "steepest-int4"):
+    names = ["muon", "muon-int4", "lowrank-dct", "lowrank-svd", "residual", "trion", "auon", "steepest-int4"]
+    names += ["rotate", "reset", "feedback", "random", "adaptive", "identity", "dct", "dct-ages", "dct-int8"]
+    names += ["apollo", "apollo-mini", "fira", "fira-code", "ldadam", "ldadam-int4"]
+    for name in names:
         way = NAMED[name]
         model = DistributedDataParallel(mlp())
         opt = way(param_groups(model, targets=r"[02]"), lr=0.02, weight_decay=0.1)
@@ -279,6 +294,24 @@ def projected_shards_are_refused(_: int, __: Path) -> None:
     assert len(opt.state) == 2
 
 
+def projected_shards_of_every_class_are_refused(_: int, __: Path) -> None:
+    """Also where no basis is kept, and all that is has the shape of the parameter; AdamW beside them works."""
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    for make in (DCTAdamW, APOLLOAdamW, FiraAdamW, LDAdamW):
+        message = rf"{make.__name__}: a DTensor parameter .* cannot be projected"
+        for rank in (2, 1.0):
+            with pytest.raises(RuntimeError, match=message):
+                make(matrices, rank=rank)
+        opt = make([{"params": model.parameters()}], lr=0.01)
+        assert all(isinstance(state["exp_avg"], DTensor) for state in opt.state.values())
+        model(batch(0, torch.float64)).square().mean().backward()
+        opt.step()
+    with pytest.raises(RuntimeError, match="cannot be projected"):
+        APOLLOAdamW(matrices, rank=1.0, norm_growth=None)
+
+
 def projected_square_shards_are_refused(_: int, __: Path) -> None:
     """Where basis and coordinates happen to have the shape of the parameter."""
     model = nn.Linear(8, 8, bias=False)
@@ -370,6 +403,7 @@ def ranks() -> Iterator[Ranks]:
         zero_takes_groups,
         shards_follow_one_process,
         projected_shards_are_refused,
+        projected_shards_of_every_class_are_refused,
         projected_square_shards_are_refused,
         shards_of_matrices_are_refused,
         shards_of_coded_moments_are_refused,
