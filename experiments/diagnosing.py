@@ -6,7 +6,6 @@ from statistics import fmean
 import torch
 
 from lowrank_optim import Diagnostics, ParamGroups
-from lowrank_optim.optimizer import RuleOptimizer
 
 # a reading, and the metric that is its mean over matrices
 MEANS = {
@@ -21,13 +20,13 @@ class Diagnosis:
     """Listens to the steps that get a row, and makes metrics of what was said.
 
     Args:
-        optimizer: Only those of this package say anything.
+        optimizer: Those of this package tell something; of any other there are no metrics.
         groups: What it was given; means are over the group "matrices".
         wanted: Listen at all.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: ParamGroups, *, wanted: bool) -> None:
-        self._diagnostics = Diagnostics(optimizer) if wanted and isinstance(optimizer, RuleOptimizer) else None
+        self._diagnostics = Diagnostics(optimizer) if wanted else None
         self._matrices = {name for group in groups if group["name"] == "matrices" for name, _ in group["params"]}
 
     def listening(self, logged: bool) -> contextlib.AbstractContextManager[None]:

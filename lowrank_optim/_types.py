@@ -111,12 +111,9 @@ class Move(Protocol):
         ...
 
     def second(self, moment: Tensor, first: Tensor, unbias: tuple[float, float]) -> Tensor:
-        """Return a mean of squares, in the basis that is.
+        """Return a mean of squares, in the basis that is, from it and the mean in the basis that was.
 
-        Args:
-            moment: mean of squares, in the basis that was.
-            first: mean, in the basis that was.
-            unbias: what `first` and `moment` are divided by to be means.
+        They are means when `first` and `moment` are divided by `unbias`.
         """
         ...
 
@@ -155,15 +152,7 @@ class Basis(Protocol):
     def follow_(
         self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float], seed: int
     ) -> Tensor | None:
-        """Set the basis again from a sum of a moment, kept in coordinates, and this gradient.
-
-        Args:
-            state: holds the basis.
-            grad: the gradient, m×n.
-            moment: coordinates in the basis that is replaced.
-            weights: of the moment and of the gradient.
-            seed: as for `refresh_`.
-        """
+        """Set the basis again from a sum, with weights, of a moment in coordinates and this gradient."""
         ...
 
     def project(self, state: State, grad: Tensor) -> Tensor:

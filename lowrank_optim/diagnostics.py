@@ -19,10 +19,10 @@ class Diagnostics:
       about r / n if it is another one by chance. Only where one was found again.
     - `update_rms`: the root mean square of what is subtracted from the weight, before the learning rate.
 
-    The first three are those of projected matrices, the last is everybody's. A step that is listened to costs one more
-    product of the coordinates with themselves and one more look at the gradient; one that is not, nothing. So listen
-    to the steps that are logged. Nothing waits for a device before `read`. Where parameters are DTensors, every rank
-    listens and reads.
+    The first three are those of projected matrices, the last is everybody's. A step that is listened to costs Gram
+    matrices, of the coordinates and of an update's two factors, one more look at the gradient, and a copy of a basis
+    that is found again; one that is not, nothing. So listen to the steps that are logged. Nothing waits for a device
+    before `read`. Where parameters are DTensors, every rank listens and reads.
 
     Args:
         optimizer: whose parameters are meant; where it knows their names, readings are under these, else under their

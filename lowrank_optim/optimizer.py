@@ -224,7 +224,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             distributed.refuse_coded_shards(p, owner, group["state_dtype"])
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         state = self._rule(group, p).init(p.shape, distributed.allocator(p, owner))
-        if distributed.is_sharded(p) and any(name.startswith("basis") for name in state):
+        if distributed.is_sharded(p) and any(name.startswith(("basis", "piece_step")) for name in state):
             distributed.refuse_shards(p, owner)
         return {"step": step} | state
 

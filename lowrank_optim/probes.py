@@ -75,11 +75,12 @@ def captured(i: int, seen: Tensor, coords: Tensor) -> None:
     """
     if (probe := _probe.get()) is None:
         return
-    energy = coords.square().sum()
+    # norms, which form nothing of a matrix's size
+    energy = torch.linalg.vector_norm(coords).square()
     tiny = torch.finfo(coords.dtype).tiny
-    probe.note(i, "captured_energy", energy / seen.square().sum().clamp(min=tiny))
+    probe.note(i, "captured_energy", energy / torch.linalg.vector_norm(seen).square().clamp(min=tiny))
     gram = coords @ coords.mT if coords.size(-2) < coords.size(-1) else coords.mT @ coords
-    probe.note(i, "effective_rank", energy.square() / gram.square().sum().clamp(min=tiny))
+    probe.note(i, "effective_rank", (energy / torch.linalg.vector_norm(gram).clamp(min=tiny)).square())
 
 
 def overlapping(i: int, overlap: Tensor | None) -> None:
@@ -98,5 +99,6 @@ def updated(i: int, update: Update) -> None:
         numel = update.left.size(-2) * update.right.size(-1)
         square = (left * right.mT).sum().clamp(min=0) / max(1, numel)
     else:
-        square = dense(update).square().mean()
+        whole = dense(update)
+        square = torch.linalg.vector_norm(whole).square() / max(1, whole.numel())
     probe.note(i, "update_rms", square.sqrt())

@@ -24,7 +24,7 @@ def test_the_examples_of_docstrings_run(module):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/muon.md", "docs/ranks.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/muon.md", "docs/projected.md", "docs/ranks.md"])
 def test_the_code_of_the_documents_runs(document, capsys):
     names: dict[str, object] = {}
     blocks = (ROOT / document).read_text().split("```python\n")[1:]

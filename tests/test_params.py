@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowrank_optim import GaLoreAdamW, param_groups
+from tests.small_model import WAYS
 
 
 class Block(nn.Module):
@@ -533,3 +534,21 @@ def test_options_go_to_matrices_and_those_of_the_fallback_to_the_rest():
 def test_what_cannot_be_is_named(make, options, message):
     with pytest.raises(ValueError, match=message):
         param_groups(make(), **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_number_of_every_class_may_be_given_to_the_matrices(way):
+    """Under its own name, and no other group has it."""
+    model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 8), nn.LayerNorm(8))
+    # `fallback_lr` is no group's, but fills the `lr` of some
+    options = {key: value for key, value in way.options.items() if key != "fallback_lr"}
+    groups = param_groups(model, **options)
+    opt = way.kind(groups)
+    for key, value in options.items():
+        assert opt.param_groups[0][key] == value
+        if key not in ("rank", "weight_decay"):
+            assert all(key not in group for group in groups[1:])
+    # what the optimizer is given says the same of the matrix
+    (matrix,), alike = opt.param_groups[0]["params"], way(param_groups(model))
+    kept = [{name: (v.shape, v.dtype) for name, v in one.state[matrix].items()} for one in (opt, alike)]
+    assert kept[0] == kept[1]

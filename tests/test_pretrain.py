@@ -42,10 +42,11 @@ def test_a_run_leaves_everything_a_reader_needs(finished: Path) -> None:
             "summary.json",
             "loss.png",
             "memory.png",
+            "basis.png",
             "checkpoints",
         ),
     }
-    for plot in ("loss.png", "memory.png"):
+    for plot in ("loss.png", "memory.png", "basis.png"):
         content = (finished / plot).read_bytes()
         assert content.startswith(PNG)
         assert len(content) > 5000
