@@ -18,7 +18,7 @@ Name = Literal[
     "steepest_descent",
 ]
 
-Basis = Literal["svd", "rsvd", "subspace", "random", "gaussian", "rademacher", "dct", "identity", "hadamard"]
+Basis = Literal["svd", "rsvd", "subspace", "random", "gaussian", "dct", "identity", "hadamard"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ class OptimConfig:
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     stagger: bool = True
     update_proj_gap: int | None = None
-    basis: (
-        Literal["svd", "rsvd", "subspace", "random", "gaussian", "rademacher", "dct", "identity", "hadamard"] | None
-    ) = None
+    basis: Basis | None = None
     state_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     stochastic_rounding: bool | None = None
     momentum: float | None = None
@@ -92,7 +90,7 @@ class OptimConfig:
     method: str | None = None
     normuon_beta2: float | None = None
     cautious: bool | None = None
-    residual: float | Literal["error_feedback", "fira", "sign"] | None = None
+    residual: float | Literal["fira", "sign"] | None = None
     residual_scale: float | None = None
     carry: Literal["keep", "reset", "rotate"] | None = None
     adaptive_overlap: float | None = None

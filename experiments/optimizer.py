@@ -69,7 +69,7 @@ OPTIMIZERS: dict[str, Known] = {
     "adamw": Known(_adamw, _same("betas", "eps")),
     "galore_adamw": Known(
         _ours("GaLoreAdamW"),
-        {**_ADAM, **_same("stagger", "residual_scale", "carry", "adaptive_overlap", "residual")},
+        {**_ADAM, **_same("stagger", "residual_scale", "carry", "adaptive_overlap", "residual", "error_feedback")},
         (*_PROJECTED, "scale", "proj_type", *_STORED),
         _GAP,
     ),

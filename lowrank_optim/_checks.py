@@ -15,7 +15,7 @@ _IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "
 _PARTICULAR = {
     *("momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"),
     *("carry", "adaptive_overlap", "residual_scale", "ranking", "column_ages", "error_feedback", "scale_type", "rho"),
-    *("norm_growth", "published_code"),
+    *("norm_growth", "published_code", "seed", "scale", "alpha", "proj", "enable_lowrank"),
 }
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")
 
@@ -32,10 +32,10 @@ def check_group(group: dict[str, Any], known: dict[str, Any]) -> None:
         require(group["role"] in get_args(Role), group, "role", f"one of {', '.join(get_args(Role))}")
     for key in _UNSUPPORTED:
         require(not group.get(key, False), group, key, "False: it is not supported")
-    for key in group.keys() - known.keys() - _IGNORED:
+    for key in sorted(map(str, group.keys() - known.keys() - _IGNORED)):
         if key in _PARTICULAR:
             raise ValueError(f"Invalid key {key!r} in a parameter group: it means nothing to this optimizer")
-        near = difflib.get_close_matches(str(key), {*known, *_IGNORED}, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, {*known, *_IGNORED}, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"unknown key {key!r} in a parameter group: did you mean {near[0]!r}?")
 
@@ -75,6 +75,10 @@ def check_residual(group: dict[str, Any], residuals: tuple[str, ...]) -> None:
     require(group["residual"] is None or group["residual"] in residuals, group, "residual", " or ".join(known))
     share = group["residual_scale"]
     require(share is None or _number(share), group, "residual_scale", "None or a finite number")
+    if group["error_feedback"] is not None:
+        require(
+            group["residual"] is None, group, "residual", "None with error_feedback, which keeps that part for later"
+        )
 
 
 def check_one_side(group: dict[str, Any], why: str) -> None:

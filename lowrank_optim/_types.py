@@ -268,8 +268,12 @@ class Residual(Protocol):
         """Return what is looked at in the gradient's place."""
         ...
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
-        """Return what to subtract from the weight, and keep what is for later."""
+    def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
+        """Return what to subtract from the weights, and keep what is for later."""
+        ...
+
+    def forget_(self, state: State) -> None:
+        """Begin anew, because what is kept is not finite any more."""
         ...
 
 

@@ -25,7 +25,7 @@ class APOLLOAdamW(ProjectedAdamW):
 
     M and S being Adam's moments of R. With `scale_type="tensor"` s is one number, ‖N‖ / ‖R‖. The norm of U may grow by
     a factor γ from step to step, measured without bias correction; what is beyond is scaled down. Nothing is lifted, so
-    P need not be orthonormal; it is drawn from a seed at each use and not kept. Every `update_proj_gap` steps each
+    P need not be orthonormal; it is made from a seed at each use and not kept. Every `update_proj_gap` steps each
     matrix takes another seed, its own; the moments are kept as they are.
 
     Args:
@@ -43,8 +43,8 @@ class APOLLOAdamW(ProjectedAdamW):
         scale_type: "channel", a factor for each row (m ≥ n) or column, or "tensor", one for the matrix.
             Default "channel".
         norm_growth: γ, or None for no limit. Default 1.01 (the paper).
-        basis: "gaussian"; "rademacher", entries ±1/√r, which keep lengths as well and are drawn in an eighth of the
-            time; or "svd" (APOLLO-SVD: the leading singular vectors, which are kept). Default "gaussian" (the paper).
+        basis: "gaussian", or "svd" (APOLLO-SVD: the leading singular vectors, which are kept). Default "gaussian" (the
+            paper).
         proj_type: as for `GaLoreAdamW`, but for "full". Default "std".
         stagger: give each matrix its own turn within the period. Default True.
         seed: an int from 0 to 2³⁰. Within an optimizer every matrix and refresh has a seed of its own; optimizers of as
@@ -60,7 +60,9 @@ class APOLLOAdamW(ProjectedAdamW):
         RuntimeError: as for `GaLoreAdamW`.
 
     State bytes of an m×n matrix: 2·B(r·max(m, n)) + 8 (the seed) + 4 (a norm, unless γ is None) + 4 for `step`, with B
-    as for `GaLoreAdamW`; for "svd" 4·r·min(m, n) in the place of the seed's 8.
+    as for `GaLoreAdamW`; for "svd" 4·r·min(m, n) in the place of the seed's 8. One normal matrix for each different
+    size, 8·r·min(m, n) bytes or 2¹⁴ and half of that, of which every P is made, is shared by all matrices of a process
+    and is not state.
 
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270. Differs from apollo-torch
     in where ε is added, in weight decay (there after the update), and in seeds (there 1, 2, 3, ... in each optimizer).
@@ -75,7 +77,7 @@ class APOLLOAdamW(ProjectedAdamW):
     """
 
     usual_rank: ClassVar[int | float] = 0.25
-    bases: ClassVar[tuple[str, ...]] = ("rademacher", "gaussian", "svd")
+    bases: ClassVar[tuple[str, ...]] = ("gaussian", "svd")
     their_keys: ClassVar[Mapping[str, str]] = {"proj": "basis"}
 
     def __init__(
@@ -91,7 +93,7 @@ class APOLLOAdamW(ProjectedAdamW):
         scale: float = 1.0,
         scale_type: ScaleType = "channel",
         norm_growth: float | None = GROWTH,
-        basis: Literal["rademacher", "gaussian", "svd"] = "gaussian",
+        basis: Literal["gaussian", "svd"] = "gaussian",
         proj_type: Literal["std", "reverse_std", "left", "right"] = "std",
         stagger: bool = True,
         seed: int = 0,

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_optim._types import Basis, Side
 from lowrank_optim.columns import DCT, Hadamard, Identity
 from lowrank_optim.orthonormal import SVD, RandomizedSVD, SubspaceIteration
-from lowrank_optim.random_bases import Gaussian, Rademacher, Random
+from lowrank_optim.random_bases import Gaussian, Random
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -46,13 +46,12 @@ _BASES: dict[str, Callable[..., Basis]] = {
     "subspace": lambda rank, side, size: SubspaceIteration(rank, side),
     "random": lambda rank, side, size: Random(rank, side),
     "gaussian": lambda rank, side, size, **options: Gaussian(rank, side, **options),
-    "rademacher": lambda rank, side, size, **options: Rademacher(rank, side, **options),
     "dct": DCT,
     "identity": Identity,
     "hadamard": Hadamard,
 }
 # those whose coordinates can be lifted and whose moments can be moved
-NAMES = tuple(name for name in _BASES if name not in ("gaussian", "rademacher"))
+NAMES = tuple(name for name in _BASES if name != "gaussian")
 # those of columns of a fixed basis, of which no side can be "both"
 COLUMNS = ("dct", "identity", "hadamard")
 

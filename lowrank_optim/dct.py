@@ -57,7 +57,7 @@ class DCTAdamW(ProjectedAdamW):
         maximize: ascend instead of descend. Default False.
 
     What is projected, and how several matrices in one parameter are treated, is as for `GaLoreAdamW`. At `rank=1.0`
-    this is AdamW on W D, whatever the gap.
+    this is AdamW on W D, whatever the gap (but for "reset").
 
     Raises:
         ValueError: for an argument out of its range, or a group key that looks misspelt.

@@ -13,9 +13,9 @@ from lowrank_optim.projected import ProjectedAdamW
 from lowrank_optim.residuals import GROWTH, Drop, ErrorFeedback, Fira, Limiter, SignDescent
 from lowrank_optim.rules import CARRIES, Carry, Projected
 from lowrank_optim.schedule import Adaptive, Schedule
-from lowrank_optim.storage import storage
+from lowrank_optim.storage import STATE_DTYPES, storage
 
-RESIDUALS = ("error_feedback", "fira", "sign")
+RESIDUALS = ("fira", "sign")
 
 
 class GaLoreAdamW(ProjectedAdamW):
@@ -53,10 +53,11 @@ class GaLoreAdamW(ProjectedAdamW):
             stalls. False refreshes all at steps 0, gap, 2·gap, ..., as galore-torch does. Default True.
         carry: what moments do when their basis moves: "keep" (GaLore), "reset" to zero, with their bias correction
             (FRUGAL), or "rotate" with it (LDAdam; columns of a fixed basis are gathered). Default "keep".
-        residual: what becomes of the part of a gradient outside its basis: None drops it (GaLore), "error_feedback"
-            adds it to the next gradient, "fira" scales it as Adam scales what is inside, "sign" descends along its
-            signs (FRUGAL). Default None.
-        residual_scale: c, the factor on that part in the update, for "fira" and "sign". Default None, that is α.
+        residual: what becomes of the part of a gradient outside its basis: None drops it (GaLore), "fira" scales it as
+            Adam scales what is inside, "sign" descends along its signs (FRUGAL). Default None.
+        residual_scale: c, the factor on that part in the update. Default None, that is α.
+        error_feedback: instead, add that part to the next gradient, and keep it until then in "float32", "bfloat16",
+            "int8" or "int4". Default None.
         adaptive_overlap: share of a subspace, in (0, 1], that a refresh must find again to double the matrix's own
             period, up to 16 times `update_proj_gap`; at less, the period is `update_proj_gap` again. Default None: all
             periods are alike.
@@ -66,10 +67,14 @@ class GaLoreAdamW(ProjectedAdamW):
             so that updates too small for their precision still count. Default False.
         maximize: ascend instead of descend. Default False.
 
-    Vectors are AdamW, and so is a matrix whose projected state would not be smaller than AdamW's (`rank=1.0` asks for
-    the full rotation and gets it). Parameters of more than two dimensions are matrices by `flatten(1)`, as suits
-    convolutions; the group keys `split` (fused query, key and value) and `flatten=False` (stacked experts) make them
-    several matrices, each with a basis, moments and a count of steps of its own.
+    Vectors are AdamW, and so is a matrix for which basis and moments would be no fewer numbers than AdamW's moments
+    (`rank=1.0` asks for the full rotation and gets it). Parameters of more than two dimensions are matrices by
+    `flatten(1)`, as suits convolutions; the group keys `split` (fused query, key and value) and `flatten=False`
+    (stacked experts) make them several matrices, each with a basis, moments and a count of steps of its own.
+
+    A zero gradient when a matrix's turn comes leaves its basis for another period. A NaN or Inf then leaves the matrix
+    as it is and waits for a better gradient ("svd", "rsvd", "subspace"); bases that ask nothing of a gradient let it
+    through, as AdamW does.
 
     Raises:
         ValueError: for an argument out of its range, or a group key that looks misspelt.
@@ -78,7 +83,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     State bytes of a projected m×n matrix for "std": 2·B(r·max(m, n)) + 4·r·min(m, n) + 4, the last for `step`, where a
     moment of k elements takes B(k) = 4·k in float32, 2·k in bfloat16, k + 4·⌈k/256⌉ in int8 and ⌈k/2⌉ + 4·⌈k/64⌉ in
-    int4; the basis stays float32. Columns of a fixed basis are 4·r in its place. Error feedback adds 4·m·n, "fira" 4,
+    int4; the basis stays float32. Columns of a fixed basis are 4·r in its place. Error feedback adds B(m·n), "fira" 4,
     "reset" 4·r, an adaptive period 16. AdamW keeps 2·B(m·n) + 4. Temporaries of a step: see
     `RuleOptimizer.chunk_bytes`.
 
@@ -112,6 +117,7 @@ class GaLoreAdamW(ProjectedAdamW):
         carry: Carry = "keep",
         residual: str | None = None,
         residual_scale: float | None = None,
+        error_feedback: str | None = None,
         adaptive_overlap: float | None = None,
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
@@ -120,7 +126,12 @@ class GaLoreAdamW(ProjectedAdamW):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         where = {"rank": rank, "proj_type": proj_type, "basis": basis, "scale": scale}
         when = {"update_proj_gap": update_proj_gap, "stagger": stagger, "adaptive_overlap": adaptive_overlap}
-        rest = {"carry": carry, "residual": residual, "residual_scale": residual_scale}
+        rest = {
+            "carry": carry,
+            "residual": residual,
+            "residual_scale": residual_scale,
+            "error_feedback": error_feedback,
+        }
         kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
         super().__init__(params, adam | where | when | rest | kept)
 
@@ -128,6 +139,8 @@ class GaLoreAdamW(ProjectedAdamW):
         super()._check(group, known)
         check_adaptive(group)
         check_choice(group, "carry", CARRIES)
+        if group["error_feedback"] is not None:
+            check_choice(group, "error_feedback", STATE_DTYPES)
         check_residual(group, RESIDUALS)
         if group["residual"] == "fira":
             check_one_side(group, "Fira scales rows or columns")
@@ -145,8 +158,8 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def _residual(self, group: Group) -> Residual:
         scale, share = group["scale"], group["residual_scale"]
-        if group["residual"] == "error_feedback":
-            return ErrorFeedback(storage("float32"), scale)
+        if group["error_feedback"] is not None:
+            return ErrorFeedback(storage(group["error_feedback"]), scale)
         share = scale if share is None else share
         if group["residual"] == "fira":
             return Fira(Limiter(GROWTH, tuple(group["betas"])), scale, share)

@@ -1,13 +1,12 @@
 """LDAdam: Adam in a subspace that turns a little at every step, with everything taken along."""
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
-from lowrank_optim._checks import check_choice, check_share
+from lowrank_optim._checks import check_choice, check_share, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.orthonormal import SubspaceIteration
@@ -75,7 +74,6 @@ class LDAdamW(ProjectedAdamW):
 
     usual_rank: ClassVar[int | float] = 16
     bases: ClassVar[tuple[str, ...]] = ("subspace",)
-    their_keys: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -116,6 +114,7 @@ class LDAdamW(ProjectedAdamW):
     def _check(self, group: Group, known: Group) -> None:
         super()._check(group, known)
         check_share(group, "rho")
+        require(group["update_proj_gap"] == 1, group, "update_proj_gap", "1: a basis moves at every step")
         if group["error_feedback"] is not None:
             check_choice(group, "error_feedback", STATE_DTYPES)
 

@@ -42,6 +42,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._check(defaults, defaults)
         # host copies of the step tensors, so that a step never waits for a device: see `_taken`
         self._clocks: dict[int, tuple[Tensor, int, int]] = {}
+        # what the groups said when they were last checked
+        self._checked: dict[int, Group] = {}
         super().__init__(params, defaults)
 
     def _rule(self, group: Group, p: Tensor) -> Rule:
@@ -89,11 +91,14 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: for a sparse gradient; nothing has been updated then.
+            ValueError: for a value out of range that a group has been given since it was made; the same.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for place, group in enumerate(self.param_groups):
+            self._check_changed(place, group)
         turns = self._turns()
         chunks = [(group, *chunk) for group in self.param_groups for chunk in self._chunks(group)]
         for group, rule, params in chunks:
@@ -139,10 +144,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self._clocks = {}
+        self._clocks, self._checked = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def _check_changed(self, place: int, group: Group) -> None:
+        """Raise ValueError where a schedule or a user has put a value out of range into a group since it was made."""
+        said = {key: value for key, value in group.items() if key not in ("params", "lr") and type(value) is not Tensor}
+        if self._checked.get(place) != said:
+            # values, not keys: schedulers keep their own there
+            self._check(group, {**self.defaults, **group})
+            self._checked[place] = said
 
     def _update_(self, rule: Rule, params: list[Tensor], group: Group, turns: dict[Tensor, float]) -> None:
         lr = group["lr"]

@@ -165,10 +165,10 @@ class SubspaceIteration(Orthonormal):
 
     def start_(self, state: State, grad: Tensor, seed: int = 0) -> None:
         """Set the first basis."""
+        # something first: the decomposition may fail
+        super().start_(state, grad, seed)
         if self.decompose_first:
             SVD(self.rank, self.side).refresh_(state, grad, seed)
-        else:
-            super().start_(state, grad, seed)
 
     def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> None:
         """Iterate `iterations` times."""

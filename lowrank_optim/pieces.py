@@ -22,8 +22,8 @@ class Pieces:
 
     What equal matrices keep is stacked: the state of a rule with one more dimension in front. Where a split makes
     blocks of different sizes, those of each have names of their own: `exp_avg`, `exp_avg_1`, `exp_avg_2`. Each matrix
-    counts its own steps in `piece_step` (int64 on the CPU), because one whose gradient is zero or not finite may sit
-    out a step that the others take, as an expert without a token does.
+    counts its own steps in `piece_step` (int64 on the CPU), because its rule may leave one where it is in a step that
+    the others take: an expert that has seen no token yet has no basis. Its weights still decay with the others'.
 
     Args:
         layout: which matrices the parameter holds.

@@ -35,11 +35,12 @@ class ProjectedAdamW(RuleOptimizer):
     their_keys: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        rank = defaults["rank"]
-        if rank is None and params is not None and not isinstance(params, Tensor):
+        if defaults["rank"] is None and params is not None and not isinstance(params, Tensor):
             params = cast("ParamsT", list(params))
-            rank = None if any(isinstance(p, dict) for p in params) else self.usual_rank
-        super().__init__(params, {**defaults, "rank": rank})
+            if params and not any(isinstance(p, dict) for p in params):
+                # theirs alone: a group that is added later names its own
+                params = cast("ParamsT", [{"params": params, "rank": self.usual_rank}])
+        super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             owner = type(self).__name__
             warn_once(f"{owner}: no parameter group has a rank, so every parameter is AdamW (said once)")

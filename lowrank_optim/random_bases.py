@@ -1,5 +1,6 @@
 """Bases that are drawn at random and ask nothing of a gradient."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,9 @@ from torch import Tensor
 from lowrank_optim import ops
 from lowrank_optim._types import Factored, NewState, Side, State
 from lowrank_optim.orthonormal import Orthonormal, Rotation
+
+# numbers that a shared matrix has at least
+_SHARED = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Gaussian:
     """A random matrix P with entries N(0, 1/r), of which only the seed is kept: R = G Pᵀ (right) or P G (left).
 
     Not orthonormal: lengths are kept on average, which suits what only looks at norms (APOLLO, arXiv 2412.05270). P is
-    drawn again at each use. State: `basis_seed`, one int64 on the CPU.
+    made again at each use, in a tenth of the time that drawing it would take: columns of one normal matrix that all
+    matrices of a size share and that is made once for the process, beginning anywhere, with random signs. State:
+    `basis_seed`, one int64 on the CPU.
     """
 
     guarded: ClassVar[bool] = False
@@ -89,18 +95,13 @@ class Gaussian:
     def matrix(self, state: State, grad: Tensor) -> Tensor:
         """Draw P, (r, size of the compressed side)."""
         size = grad.size(-1 if self.side == "right" else -2)
-        return ops.normal((self.rank, size), int(state["basis_seed"]), grad, std=1 / math.sqrt(self.rank))
+        seed = int(state["basis_seed"])
+        room = max(size, _SHARED // self.rank)
+        shared = _normal_columns(self.rank, size + room, grad.dtype, grad.device)
+        return shared.narrow(1, seed % room, size) * ops.signs(size, seed, grad)
 
 
-@dataclass(frozen=True)
-class Rademacher(Gaussian):
-    """A random matrix P with entries ±1/√r, of which only the seed is kept; see `Gaussian`.
-
-    Lengths are kept on average as by normal entries, and with no larger variance (Achlioptas, 2003); drawing it takes
-    an eighth of the time.
-    """
-
-    def matrix(self, state: State, grad: Tensor) -> Tensor:
-        """Draw P, (r, size of the compressed side)."""
-        size = grad.size(-1 if self.side == "right" else -2)
-        return ops.signs((self.rank, size), int(state["basis_seed"]), grad, 1 / math.sqrt(self.rank))
+@functools.cache
+def _normal_columns(rank: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (rank, count) numbers from N(0, 1/rank)."""
+    return ops.normal((rank, count), 0, torch.empty((), dtype=dtype, device=device)).mul_(1 / math.sqrt(rank))

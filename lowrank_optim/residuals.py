@@ -6,7 +6,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lowrank_optim._types import Basis, Factored, Lifted, Look, NewState, Scaled, State, Storage, Tick, Update
+from lowrank_optim import ops
+from lowrank_optim._types import Basis, Factored, Lifted, Look, NewState, Scaled, State, Storage, Update
 
 ScaleType = Literal["channel", "tensor"]
 SCALE_TYPES = get_args(ScaleType)
@@ -18,17 +19,33 @@ GROWTH = 1.01
 _APART = 0x1B873593
 
 
-class _Plain:
+class _OneByOne:
+    """Makes one update after the other."""
+
+    def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
+        """Return what to subtract from the weights."""
+        return [self._update_(basis, state, look) for state, look in zip(states, looks, strict=True)]
+
+    def _update_(self, basis: Basis, state: State, look: Look) -> Update:
+        raise NotImplementedError
+
+
+class _Plain(_OneByOne):
     """Looks at the gradient itself, and keeps nothing."""
 
-    held: ClassVar[int] = 0
     recovers: ClassVar[float] = 0.0
+    held: ClassVar[int] = 0
 
     def init(self, shape: tuple[int, int], new: NewState) -> State:
+        """Allocate nothing."""
         return {}
 
     def seen(self, state: State, grad: Tensor) -> Tensor:
+        """Return the gradient."""
         return grad
+
+    def forget_(self, state: State) -> None:
+        """Keep going: there is nothing to forget."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +54,13 @@ class Drop(_Plain):
 
     scale: float = 1.0
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
+    def _update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the direction, lifted."""
         return basis.lift(state, look.direction.mul_(self.scale))
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class ErrorFeedback(_OneByOne):
     """It is added to the next gradient: A = G + E, E ← A − lift(project(A)).
 
     With `recovers` = c, what the first moment loses when its basis moves is added too, c times (LDAdam's generalized
@@ -64,7 +81,13 @@ class ErrorFeedback:
         """Return the gradient and the error, in memory of their own."""
         return self.storage.read([state], "error", grad.shape, grad.dtype)[0] + grad
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
+    def forget_(self, state: State) -> None:
+        """Zero the error."""
+        for name in ("error", "error_scale"):
+            if name in state:
+                state[name].zero_()
+
+    def _update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the direction, lifted; keep the error."""
         # memory of our own: see `seen`
         error = _plus_(look.matrix, basis.lift(state, look.coords), -1.0)
@@ -76,14 +99,21 @@ class ErrorFeedback:
 
 @dataclass(frozen=True)
 class SignDescent(_Plain):
-    """Its signs are descended (FRUGAL, arXiv 2411.07837): U = α lift(N) + c sign(G − lift(R)). State: none."""
+    """Its signs are descended (FRUGAL, arXiv 2411.07837): U = α lift(N) + c sign(G − lift(R)). State: none.
+
+    What rounding leaves of a gradient that lies in its basis has no sign: elements below 32 ε of the norm of their row
+    (right) or column (left) are zero.
+    """
 
     scale: float = 1.0
     share: float = 1.0
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
+    def _update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the direction, lifted, and the signs."""
-        signs = _outside(basis, state, look).sign_().mul_(self.share)
+        rest = _outside(basis, state, look)
+        info = torch.finfo(rest.dtype)
+        noise = _norms(look.matrix, rank_dim(basis)).mul_(32 * info.eps).clamp_(min=info.tiny)
+        signs = rest.div_(noise).trunc_().sign_().mul_(self.share)
         return _plus_(signs, basis.lift(state, look.direction.mul_(self.scale)), 1.0)
 
 
@@ -102,18 +132,21 @@ class Limiter:
         """Allocate the norm."""
         return {"update_norm": new((1,))}
 
-    def limit_(self, state: State, factors: Tensor, squares: Tensor, tick: Tick) -> None:
-        """Divide the factors on channels of these sums of squares by what is too much, and keep the norm left."""
-        # channels that are not finite, or whose squares are not, are left out
-        made = squares * factors.square()
-        norm = torch.where(made.isfinite(), made, 0.0).sum().sqrt()
+    def limit_(self, states: list[State], factors: list[Tensor], norms: list[Tensor], looks: list[Look]) -> None:
+        """Divide the factors of updates that have these norms by what is too much, and keep the norms that are left.
+
+        A norm that is zero or not finite is no evidence: it limits nothing, and the one before it stays.
+        """
         beta1, beta2 = self.betas
-        norm.div_((1 - beta2**tick.step) ** 0.5 / (1 - beta1**tick.step))
-        before = state["update_norm"]
+        steps = [look.tick.step for look in looks]
+        torch._foreach_div_(norms, [(1 - beta2**step) ** 0.5 / (1 - beta1**step) for step in steps])
+        kept = [state["update_norm"] for state in states]
+        norm, before = torch.stack(norms), torch.cat(kept)
+        known = norm.isfinite() & (norm > 0)
         over = (norm / (before + _TINY)).clamp_(min=self.growth).div_(self.growth)
-        over = torch.where(before > 0, over, 1.0)
-        before.copy_(norm / over)
-        factors.div_(over)
+        over = torch.where(known & (before > 0), over, 1.0)
+        torch._foreach_copy_(kept, list(torch.where(known, norm / over, before).unsqueeze(-1).unbind()))
+        torch._foreach_div_(factors, list(over.unbind()))
 
 
 @dataclass(frozen=True)
@@ -134,14 +167,22 @@ class Fira(_Plain):
         """Allocate the limiter's norm."""
         return {} if self.limiter is None else self.limiter.init(new)
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
-        """Return the direction, lifted, and the rest as Adam would scale it."""
-        factors = _ratio(look, rank_dim(basis))
+    def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
+        """Return the directions, lifted, and the rest as Adam would scale it."""
+        dim = rank_dim(basis)
+        factors = [_ratio(look, dim) for look in looks]
         if self.limiter is not None:
-            # ‖G − t lift(R)‖² of each channel by Pythagoras, so that no matrix is formed
-            squares = _squares(look.matrix, rank_dim(basis))
-            squares.sub_(_squares(look.coords, rank_dim(basis)), alpha=self.taken * (2 - self.taken)).clamp_(min=0)
-            self.limiter.limit_(state, factors, squares, look.tick)
+            rests = [self._norms_outside(look, dim) for look in looks]
+            norms = [torch.linalg.vector_norm(rest.mul_(factor)) for rest, factor in zip(rests, factors, strict=True)]
+            self.limiter.limit_(states, factors, norms, looks)
+        return [self._update(basis, *one) for one in zip(states, looks, factors, strict=True)]
+
+    def _norms_outside(self, look: Look, dim: int) -> Tensor:
+        """Return ‖G − t lift(R)‖ of each channel, by Pythagoras, so that no matrix is formed."""
+        squares, inside = (_norms(x, dim).square_() for x in (look.matrix, look.coords))
+        return squares.sub_(inside, alpha=self.taken * (2 - self.taken)).clamp_(min=0).sqrt_()
+
+    def _update(self, basis: Basis, state: State, look: Look, factors: Tensor) -> Update:
         factors.mul_(self.share)
         inside = look.direction.mul_(self.scale).addcmul_(look.coords, factors, value=-self.taken)
         update = basis.lift(state, inside)
@@ -166,14 +207,17 @@ class GradientScaling(_Plain):
         """Allocate the limiter's norm."""
         return {} if self.limiter is None else self.limiter.init(new)
 
-    def update_(self, basis: Basis, state: State, look: Look) -> Update:
-        """Return the gradient, scaled."""
-        whole = self.scale_type == "tensor"
-        factors = _ratio(look, None if whole else rank_dim(basis))
+    def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
+        """Return the gradients, scaled."""
+        dim = None if self.scale_type == "tensor" else rank_dim(basis)
+        factors = [_ratio(look, dim) for look in looks]
         if self.limiter is not None:
-            squares = _squares(look.matrix, None if whole else rank_dim(basis))
-            self.limiter.limit_(state, factors, squares, look.tick)
-        return Scaled(look.matrix, factors.mul_(self.scale**0.5))
+            pairs = zip(looks, factors, strict=True)
+            norms = [torch.linalg.vector_norm(_norms(look.matrix, dim).mul_(factor)) for look, factor in pairs]
+            self.limiter.limit_(states, factors, norms, looks)
+        if self.scale != 1:
+            torch._foreach_mul_(factors, self.scale**0.5)
+        return [Scaled(look.matrix, factor) for look, factor in zip(looks, factors, strict=True)]
 
 
 def rank_dim(basis: Basis) -> int:
@@ -181,19 +225,20 @@ def rank_dim(basis: Basis) -> int:
     return -1 if basis.side == "right" else -2
 
 
-def _squares(x: Tensor, dim: int | None) -> Tensor:
-    """Return the sums of squares over one dimension, or over both."""
-    if dim == -1:
-        # and two passes where it is not the last: along the first vector_norm is ten times slower on a CPU
-        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return norms.square_()
-    return x.square().sum((-2, -1) if dim is None else dim, keepdim=True)
+def _norms(x: Tensor, dim: int | None) -> Tensor:
+    """Return the norms over one dimension, or over both."""
+    if dim == -2:
+        # two passes, in parts that stay in a cache: along the first dimension vector_norm is ten times slower on a CPU
+        parts = torch.tensor_split(x, max(1, x.numel() // ops.part_size(x.device)))
+        return torch.stack([part.square().sum(dim, keepdim=True) for part in parts]).sum(0).sqrt_()
+    over = (-2, -1) if dim is None else dim
+    norms: Tensor = torch.linalg.vector_norm(x, dim=over, keepdim=True)
+    return norms
 
 
 def _ratio(look: Look, dim: int | None) -> Tensor:
     """Return ‖direction‖ / ‖coordinates‖ over one dimension, or over both."""
-    direction, coords = (_squares(x, dim).sqrt_() for x in (look.direction, look.coords))
-    return direction.div_(coords.add_(_TINY))
+    return _norms(look.direction, dim).div_(_norms(look.coords, dim).add_(_TINY))
 
 
 def _outside(basis: Basis, state: State, look: Look) -> Tensor:

@@ -60,7 +60,7 @@ class Projected:
     `start_`, so that no step pays for many decompositions. What becomes of the rest of the gradient, and the factor on
     the update, is the residual's.
 
-    A refresh needs a gradient that says something. Where it holds NaN or Inf (or so large numbers that Adam's second
+    Most bases need a gradient that says something. Where it holds NaN or Inf (or so large numbers that Adam's second
     moment would), or where a matrix has not yet seen a nonzero one, the matrix and its step are left as they are, so
     the refresh is tried again at the next step; where the decomposition fails, the old basis serves until the next
     turn.
@@ -97,12 +97,15 @@ class Projected:
             inner = cast("Portable", self.inner).moved_updates(coords, kept, clocks, moves)
         else:
             inner = self.inner.updates(coords, kept, clocks)
+        looks: dict[int, Look] = {}
         for i, r, update in zip(live, coords, inner, strict=True):
             probes.captured(i, seen[i], r)
             if update is not None:
                 # the inner rule hands over what it returns, so it may be written to
-                look = Look(seen[i], r, dense(update), ticks[i], turned[i].lost)
-                found[i] = self.residual.update_(self.basis, states[i], look)
+                looks[i] = Look(seen[i], r, dense(update), ticks[i], turned[i].lost)
+        made = self.residual.updates(self.basis, [states[i] for i in looks], list(looks.values())) if looks else []
+        for i, update in zip(looks, made, strict=True):
+            found[i] = update
         return found
 
     def need(self, shape: Sequence[int]) -> int:
@@ -128,6 +131,8 @@ class Projected:
                     "a gradient held NaN, Inf or numbers whose squares are infinite when its basis was to be "
                     "refreshed: that matrix sits this step out and tries again at the next one (said once)"
                 )
+                # where it is not the gradient, it is what was to be added to it
+                self.residual.forget_(states[i])
                 skipped.add(i)
             elif size > 0:
                 turned[i] = self._set_basis_(i, states[i], seen[i], ticks[i])

@@ -84,7 +84,7 @@ ALL = [
     Way("galore-int4", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "svd", "state_dtype": "int4"}),
     Way("rotate", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "carry": "rotate"}),
     Way("reset", GaLoreAdamW, _GALORE | {"update_proj_gap": 3, "basis": "dct", "carry": "reset", "residual": "sign"}),
-    Way("feedback", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "rsvd", "residual": "error_feedback"}),
+    Way("feedback", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "rsvd", "error_feedback": "float32"}),
     Way("random", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "random", "carry": "rotate"}),
     Way("adaptive", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "subspace", "adaptive_overlap": 0.5}),
     Way("identity", GaLoreAdamW, _GALORE | {"update_proj_gap": 2, "basis": "identity"}),

@@ -67,7 +67,8 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
         "basis": "svd",
         "stagger": True,
         "carry": "rotate",
-        "residual": "error_feedback",
+        "residual": None,
+        "error_feedback": "int8",
         "residual_scale": 0.5,
         "adaptive_overlap": 0.01,
     },
@@ -90,6 +91,7 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
         "norm_growth": None,
         "basis": "svd",
         "stagger": False,
+        "seed": 7,
     },
     FiraAdamW: {
         **_ADAM,
@@ -174,6 +176,9 @@ def test_the_overrides_are_all_there_are(kind: type[RuleOptimizer]) -> None:
 def test_every_number_can_be_given_to_one_group(kind: type[RuleOptimizer], key: str) -> None:
     """A group that names it goes as an optimizer that was made with it, and the others as if nothing had been said."""
     base, override = {"lr": 0.02, **BASE[kind]}, {key: OVERRIDES[kind][key]}
+    if key == "error_feedback" and "residual" in base:
+        # one or the other
+        override["residual"] = None
     shapes = [(12, 8), (8, 3, 2), (6,)]
 
     def trained(groups: Callable[[list[nn.Parameter]], list[dict[str, Any]]], **options: Any) -> list[nn.Parameter]:

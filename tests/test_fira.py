@@ -217,11 +217,13 @@ def test_equals_pytorch_optimizer_but_for_the_schedule_eps_and_decay(shape, name
     assert refreshed == [0, *(t for t in range(1, 50) if (t + 1) % gap == 0)]
 
 
-def test_alpha_is_scale_and_ours_wins():
+def test_alpha_is_scale_and_both_are_too_much():
     p, q = (nn.Parameter(torch.zeros(24, 10)) for _ in range(2))
     keys = {"rank": 4, "update_proj_gap": 200, "alpha": 0.5, "proj_type": "std"}
-    opt = FiraAdamW([{"params": [p], **keys}, {"params": [q], **keys, "scale": 0.75}])
-    assert [group["scale"] for group in opt.param_groups] == [0.5, 0.75]
+    opt = FiraAdamW([{"params": [p], **keys}])
+    assert opt.param_groups[0]["scale"] == 0.5
+    with pytest.raises(ValueError, match="Invalid key 'alpha'"):
+        opt.add_param_group({"params": [q], **keys, "scale": 0.75})
 
 
 @pytest.mark.parametrize(

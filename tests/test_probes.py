@@ -20,7 +20,7 @@ KINDS = {
     "staggered": (GaLoreAdamW, {"update_proj_gap": 3, "stagger": True}),
     "rotated": (GaLoreAdamW, {"update_proj_gap": 2, "basis": "subspace", "carry": "rotate"}),
     "random": (GaLoreAdamW, {"update_proj_gap": 2, "basis": "random", "carry": "reset"}),
-    "feedback": (GaLoreAdamW, {"update_proj_gap": 2, "residual": "error_feedback"}),
+    "feedback": (GaLoreAdamW, {"update_proj_gap": 2, "error_feedback": "float32"}),
     "fira": (GaLoreAdamW, {"update_proj_gap": 2, "residual": "fira"}),
     "sign": (GaLoreAdamW, {"update_proj_gap": 2, "residual": "sign"}),
     "identity": (GaLoreAdamW, {"update_proj_gap": 2, "basis": "identity"}),
