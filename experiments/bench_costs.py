@@ -8,7 +8,7 @@ a symmetric product would need T(3a + 1), and 3a(1 + s) + T + 3(T − 1 − s).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -149,6 +149,12 @@ def apollo(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
     """A product down and two moments; the random matrix is drawn again at each step."""
     short, long, r = _sides(shape, rank)
     return Cost(flops=2 * short * long * r, moments=8 * r * long, extra=4 * (r * long + r * short))
+
+
+def apollo_bfloat16(shape: Shape, rank: int, dtype: torch.dtype) -> Cost:
+    """The same with the product in bfloat16."""
+    cost = apollo(shape, rank, dtype)
+    return replace(cost, flops=0, bfloat16_flops=cost.flops)
 
 
 def muon(

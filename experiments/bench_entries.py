@@ -156,6 +156,7 @@ _PROJECTED: dict[str, Entry] = {
     "fira_peer": Entry(_fira, costs.galore("svd", state_dtype=None), refreshes=True),
     "ldadam": _projected(LDAdamW, costs.ldadam),
     "apollo": _projected(APOLLOAdamW, costs.apollo),
+    "apollo_bfloat16": _projected(APOLLOAdamW, costs.apollo_bfloat16, "apollo", proj_dtype="bfloat16"),
     "apollo_mini": _projected(APOLLOAdamW, lambda shape, rank, dtype: costs.apollo(shape, 1, dtype), **_ONE),
     "apollo_torch": Entry(_apollo_torch, costs.apollo, refreshes=True),
     "adamw_fused": _GALORE["adamw_fused"],

@@ -60,6 +60,7 @@ class OptimConfig:
         column_ages: Correct the bias of each DCT column by its own age.
         error_feedback: How the error is kept.
         scale_type: APOLLO's factors, of channels or of the tensor.
+        proj_dtype: In which APOLLO projects.
         published_code: Fira as its authors' code has it.
         rho: Weight of the mean gradient in LDAdam's basis.
         gamma: AuON's factor inside the cosh.
@@ -98,6 +99,7 @@ class OptimConfig:
     column_ages: bool | None = None
     error_feedback: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     scale_type: Literal["channel", "tensor"] | None = None
+    proj_dtype: Literal["float32", "bfloat16"] | None = None
     published_code: bool | None = None
     rho: float | None = None
     gamma: float | None = None

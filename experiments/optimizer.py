@@ -80,7 +80,7 @@ OPTIMIZERS: dict[str, Known] = {
     ),
     "apollo_adamw": Known(
         _ours("APOLLOAdamW"),
-        {**_ADAM, **_same("stagger", "scale_type")},
+        {**_ADAM, **_same("stagger", "scale_type", "proj_dtype")},
         (*_PROJECTED, "scale", "proj_type", *_STORED),
         _GAP,
     ),

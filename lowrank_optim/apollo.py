@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -12,6 +13,8 @@ from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
 from lowrank_optim.residuals import GROWTH, SCALE_TYPES, GradientScaling, Limiter, ScaleType
 from lowrank_optim.rules import Projected
+
+_PROJ_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class APOLLOAdamW(ProjectedAdamW):
@@ -46,6 +49,9 @@ class APOLLOAdamW(ProjectedAdamW):
         basis: "gaussian", or "svd" (APOLLO-SVD: the leading singular vectors, which are kept). Default "gaussian" (the
             paper).
         proj_type: as for `GaLoreAdamW`, but for "full". Default "std".
+        proj_dtype: in which a "gaussian" projection is made, "float32" or "bfloat16", which rounds R to three digits.
+            Only norms of R are used, which r random directions tell to 1/√(2r) of themselves anyway; where bfloat16
+            products are fast, the step is. float64 parameters keep float64. Default "float32".
         stagger: give each matrix its own turn within the period. Default True.
         seed: an int from 0 to 2³⁰. Within an optimizer every matrix and refresh has a seed of its own; optimizers of as
             many matrices, as one for each layer, have the same ones, unless this sets them apart. Default 0.
@@ -95,6 +101,7 @@ class APOLLOAdamW(ProjectedAdamW):
         norm_growth: float | None = GROWTH,
         basis: Literal["gaussian", "svd"] = "gaussian",
         proj_type: Literal["std", "reverse_std", "left", "right"] = "std",
+        proj_dtype: Literal["float32", "bfloat16"] = "float32",
         stagger: bool = True,
         seed: int = 0,
         state_dtype: str = "float32",
@@ -102,10 +109,11 @@ class APOLLOAdamW(ProjectedAdamW):
         maximize: bool = False,
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        where = {"rank": rank, "proj_type": proj_type, "basis": basis, "scale": scale, "scale_type": scale_type}
-        when = {"update_proj_gap": update_proj_gap, "stagger": stagger, "norm_growth": norm_growth, "seed": seed}
+        where = {"rank": rank, "proj_type": proj_type, "basis": basis, "seed": seed, "proj_dtype": proj_dtype}
+        how = {"scale": scale, "scale_type": scale_type, "norm_growth": norm_growth}
+        when = {"update_proj_gap": update_proj_gap, "stagger": stagger}
         kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
-        super().__init__(params, adam | where | when | kept)
+        super().__init__(params, adam | where | how | when | kept)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; see `ProjectedAdamW`."""
@@ -119,10 +127,13 @@ class APOLLOAdamW(ProjectedAdamW):
         check_choice(group, "scale_type", SCALE_TYPES)
         check_growth(group, "norm_growth")
         check_seed(group)
+        check_choice(group, "proj_dtype", tuple(_PROJ_DTYPES))
         require(group["scale"] >= 0, group, "scale", "a number >= 0")
 
     def _basis(self, group: Group, shape: tuple[int, int], **options: Any) -> Basis:
-        return super()._basis(group, shape, **({} if group["basis"] == "svd" else {"seed": group["seed"]}))
+        if group["basis"] == "gaussian":
+            options = {"seed": group["seed"], "dtype": _PROJ_DTYPES[group["proj_dtype"]]}
+        return super()._basis(group, shape, **options)
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
         growth = group["norm_growth"]

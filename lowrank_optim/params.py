@@ -21,7 +21,7 @@ _OPTIONS = (
     *("lr", "betas", "eps", "momentum", "nesterov", "momentum_form", "cautious", "state_dtype", "stochastic_rounding"),
     *("update_proj_gap", "scale", "proj_type", "basis", "stagger", "residual"),
     *("carry", "residual_scale", "adaptive_overlap", "ranking", "column_ages", "error_feedback"),
-    *("scale_type", "norm_growth", "published_code", "rho", "seed"),
+    *("scale_type", "norm_growth", "published_code", "rho", "seed", "proj_dtype"),
     *("method", "ns_coefficients", "ns_steps", "ns_dtype", "adjust_lr_fn", "normuon_beta2", "gamma", "normalize"),
 )
 # and of the other groups

@@ -49,6 +49,8 @@ class Gaussian:
     side: Side = "right"
     # sets the seeds of one optimizer apart from those of another
     seed: int = 0
+    # in which the product is made; None is the gradient's
+    dtype: torch.dtype | None = None
 
     def init(self, shape: tuple[int, int], new: NewState) -> State:
         """Allocate the basis."""
@@ -78,8 +80,10 @@ class Gaussian:
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return the coordinates."""
-        matrix = self.matrix(state, grad)
-        return grad @ matrix.mT if self.side == "right" else matrix @ grad
+        # float64 is there for precision, and keeps it
+        like = grad if self.dtype is None or grad.dtype == torch.float64 else grad.to(self.dtype)
+        matrix = self.matrix(state, like)
+        return (like @ matrix.mT if self.side == "right" else matrix @ like).to(grad.dtype)
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors."""

@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_optim import APOLLOAdamW, param_groups, state_bytes
 from lowrank_optim.random_bases import Gaussian
 from tests.reference import projected_numpy
-from tests.trajectory import SHAPES, gradients, run
+from tests.trajectory import SHAPES, assert_same_weights, gradients, run
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -306,3 +306,23 @@ def test_bad_arguments_are_named(options, message):
 def test_bad_groups_are_named(group, message):
     with pytest.raises(ValueError, match=message):
         APOLLOAdamW([{"params": [nn.Parameter(torch.zeros(8, 8))], "rank": 2, **group}])
+
+
+def test_a_projection_in_bfloat16_says_nearly_the_same():
+    """Factors within a hundredth of those of float32; an update that is wrong by no more."""
+    updates = []
+    for dtype in ("float32", "bfloat16"):
+        p = nn.Parameter(torch.zeros(96, 64))
+        opt = APOLLOAdamW([p], lr=1.0, rank=16, proj_dtype=dtype, norm_growth=None)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            p.grad = torch.randn(96, 64, generator=generator)
+            p.data.zero_()
+            opt.step()
+        updates.append(p.detach().clone())
+    torch.testing.assert_close(updates[1], updates[0], rtol=1e-2, atol=0)
+    assert not torch.equal(*updates)
+    p = nn.Parameter(torch.zeros(24, 10, dtype=torch.float64))
+    assert_same_weights(
+        lambda q: APOLLOAdamW(q, rank=4, proj_dtype="bfloat16"), lambda q: APOLLOAdamW(q, rank=4), (24, 10), atol=0
+    )

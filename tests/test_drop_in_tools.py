@@ -92,6 +92,7 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
         "basis": "svd",
         "stagger": False,
         "seed": 7,
+        "proj_dtype": "bfloat16",
     },
     FiraAdamW: {
         **_ADAM,
