@@ -39,3 +39,8 @@ def shapes(p: Tensor) -> NewState:
         return torch.empty(tuple(shape), dtype=dtype or compute_dtype(p), device="meta")
 
     return new
+
+
+def code_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of codes, and None for numbers, of which any kind is read."""
+    return x.dtype if x.dtype in (torch.int8, torch.uint8) else None

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
-from lowrank_optim._state import filled, pairs, shapes, with_roles
+from lowrank_optim._state import code_dtype, filled, pairs, shapes, with_roles
 from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
 
@@ -40,9 +40,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = {**defaults, "format_version": FORMAT_VERSION}
         self._check(defaults, defaults)
-        # host copies of the step tensors, so that a step never waits for a device: see `_taken`
+        # host copies of the step tensors, so that no step waits for a device; what groups said when they were checked
         self._clocks: dict[int, tuple[Tensor, int, int]] = {}
-        # what the groups said when they were last checked
         self._checked: dict[int, Group] = {}
         super().__init__(params, defaults)
 
@@ -97,8 +96,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for place, group in enumerate(self.param_groups):
-            self._check_changed(place, group)
+        self._check_changed()
         turns = self._turns()
         chunks = [(group, *chunk) for group in self.param_groups for chunk in self._chunks(group)]
         for group, rule, params in chunks:
@@ -149,13 +147,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
-    def _check_changed(self, place: int, group: Group) -> None:
+    def _check_changed(self) -> None:
         """Raise ValueError where a schedule or a user has put a value out of range into a group since it was made."""
-        said = {key: value for key, value in group.items() if key not in ("params", "lr") and type(value) is not Tensor}
-        if self._checked.get(place) != said:
-            # values, not keys: schedulers keep their own there
-            self._check(group, {**self.defaults, **group})
-            self._checked[place] = said
+        for place, group in enumerate(self.param_groups):
+            said = {key: value for key, value in group.items() if key not in ("params", "lr")}
+            said = {key: value for key, value in said.items() if type(value) is not Tensor}
+            if self._checked.get(place) != said:
+                # values, not keys: schedulers keep their own there
+                self._check(group, {**self.defaults, **group})
+                self._checked[place] = said
 
     def _update_(self, rule: Rule, params: list[Tensor], group: Group, turns: dict[Tensor, float]) -> None:
         lr = group["lr"]
@@ -283,7 +283,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"the saved state of parameter {pid} has no step: is it another optimizer's?")
             for name, need in self._rule(group, p).init(p.shape, shapes(p)).items():
                 value = found.get(name)
-                if isinstance(value, Tensor) and _kind(value) != _kind(need):
+                if isinstance(value, Tensor) and code_dtype(value) != code_dtype(need):
                     raise ValueError(
                         f"the saved state of parameter {pid} has {name} in {value.dtype}, and state_dtype="
                         f"{group['state_dtype']!r} of the saved group, or our default for it, needs {need.dtype}"
@@ -295,8 +295,3 @@ class RuleOptimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)} at rank {group.get('rank')} needs {tuple(need.shape)}: "
                         "is it a checkpoint of this model and this optimizer?"
                     )
-
-
-def _kind(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of codes, and None for numbers, of which any kind is read."""
-    return x.dtype if x.dtype in (torch.int8, torch.uint8) else None
