@@ -24,7 +24,7 @@ def check_group(group: dict[str, Any], known: dict[str, Any]) -> None:
     """Raise ValueError for a number that every optimizer has and that is out of its range."""
     check_lr(group["lr"])
     require(_number(group["weight_decay"]) and group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
-    for key in ("maximize", "cautious", "stochastic_rounding"):
+    for key in ("maximize", "cautious"):
         require(isinstance(group.get(key, False), bool), group, key, "a bool")
     require(isinstance(group["stochastic_rounding"], bool), group, "stochastic_rounding", "a bool")
     _check_adam(group, "betas", "eps")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim._checks import check_choice, check_growth, check_one_side, check_seed, require
+from lowrank_optim._checks import check_choice, check_one_side, check_seed, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
-from lowrank_optim.residuals import GROWTH, SCALE_TYPES, GradientScaling, Limiter, ScaleType
+from lowrank_optim.residuals import GROWTH, SCALE_TYPES, GradientScaling, ScaleType
 from lowrank_optim.rules import Projected
 
 _PROJ_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -125,7 +125,6 @@ class APOLLOAdamW(ProjectedAdamW):
         super()._check(group, known)
         check_one_side(group, "rows or columns are scaled")
         check_choice(group, "scale_type", SCALE_TYPES)
-        check_growth(group, "norm_growth")
         check_seed(group)
         check_choice(group, "proj_dtype", tuple(_PROJ_DTYPES))
         require(group["scale"] >= 0, group, "scale", "a number >= 0")
@@ -136,7 +135,5 @@ class APOLLOAdamW(ProjectedAdamW):
         return super()._basis(group, shape, **options)
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
-        growth = group["norm_growth"]
-        limiter = None if growth is None else Limiter(growth, tuple(group["betas"]))
-        residual = GradientScaling(limiter, group["scale"], group["scale_type"])
+        residual = GradientScaling(self._limiter(group), group["scale"], group["scale_type"])
         return Projected(basis, self._adam(group), residual, self._schedule(group))

@@ -38,12 +38,10 @@ class Gather:
     place: Tensor  # (r,) where among the old columns each new one is, or would be
     stays: Tensor  # (r,) whether it is there
     dim: int
-    # nothing moves; known where that costs no wait
-    still: bool = False
 
     def first(self, moment: Tensor) -> Tensor:
         """Return the moment moved."""
-        return moment if self.still else self._gathered(moment, self.dim)
+        return self._gathered(moment, self.dim)
 
     def second(self, moment: Tensor, first: Tensor, unbias: tuple[float, float]) -> Tensor:
         """Return the mean of squares moved."""
@@ -51,7 +49,7 @@ class Gather:
 
     def columns(self, numbers: Tensor) -> Tensor:
         """Return the numbers moved."""
-        return numbers if self.still else self._gathered(numbers, -1)
+        return self._gathered(numbers, -1)
 
     def _gathered(self, x: Tensor, dim: int) -> Tensor:
         found = x.index_select(dim, self.place)
@@ -63,9 +61,25 @@ class Gather:
         return found.masked_fill_(enters if dim == -1 else enters.unsqueeze(-1), 0)
 
 
+class Still:
+    """Nothing moves: the columns are the same."""
+
+    def first(self, moment: Tensor) -> Tensor:
+        """Return the moment."""
+        return moment
+
+    def second(self, moment: Tensor, first: Tensor, unbias: tuple[float, float]) -> Tensor:
+        """Return the mean of squares."""
+        return moment
+
+    def columns(self, numbers: Tensor) -> Tensor:
+        """Return the numbers."""
+        return numbers
+
+
 @dataclass(frozen=True)
 class Selected:
-    """`rank` columns of one fixed orthonormal basis of the short side, kept as sorted int32 indices and nothing else.
+    """`rank` columns of one fixed orthonormal basis of one side, kept as sorted int32 indices and nothing else.
 
     Columns are ranked by the energy of the matrix along them, by sums of squares ("l2") or of magnitudes ("l1"); equal
     ones by their index. Nothing is asked of the matrix, so a refresh never makes the host wait. By "l2" the columns
@@ -122,11 +136,12 @@ class Selected:
         # a stable sort breaks ties by index, which topk does not promise
         return torch.sort(energies, descending=True, stable=True).indices[: self.rank].sort().values
 
-    def move(self, old: State, state: State) -> Gather:
+    def move(self, old: State, state: State) -> Gather | Still:
         """Return the way from the one basis to the other."""
         before, after = old["basis_index"], state["basis_index"]
+        # asked only where that costs no wait
         if before.device.type == "cpu" and torch.equal(before, after):
-            return Gather(before, before, self._dim, still=True)
+            return Still()
         # both are sorted, so each new index has one place where it would be among the old
         place = torch.searchsorted(before, after).clamp_(max=self.rank - 1)
         return Gather(place, before[place] == after, self._dim)
@@ -171,9 +186,9 @@ class _OfMatrix(Selected):
 
 @dataclass(frozen=True)
 class DCT(_OfMatrix):
-    """Columns of the orthonormal DCT-II matrix of the short side (arXiv 2505.17967). State: `rank` int32.
+    """Columns of the orthonormal DCT-II matrix of the compressed side (arXiv 2505.17967). State: `rank` int32.
 
-    The DCT matrix itself, the short side squared, is shared by all matrices of a process and is not state: see
+    The DCT matrix itself, that side squared, is shared by all matrices of a process and is not state: see
     `cosine.dct_matrix`.
     """
 
@@ -191,7 +206,7 @@ class DCT(_OfMatrix):
 
 @dataclass(frozen=True)
 class Hadamard(_OfMatrix):
-    """Columns of the Walsh–Hadamard matrix, in its natural order, of a short side that is a power of two."""
+    """Columns of the Walsh–Hadamard matrix, in its natural order, of a side that is a power of two."""
 
     def transform(self, matrix: Tensor) -> Tensor:
         """Return G H (right) or Hᵀ G (left), by two products with matrices of √n."""

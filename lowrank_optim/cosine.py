@@ -134,7 +134,7 @@ def spectrum(x: Tensor, dim: int, *, squares: bool = True) -> Spectrum | None:
     # while a part is in the cache
     for start in range(0, len(rows), count):
         some = slice(start, start + count)
-        ops.half_spectrum(rows[some], half[some])
+        ops.half_spectrum(rows[some], -1, out=half[some])
         part = values[some]
         energy += (part.square() if squares else part.abs()).sum(0)
     return Spectrum(values, energy, size, dim)

@@ -9,9 +9,7 @@ from lowrank_optim._checks import check_choice, check_one_side, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
-from lowrank_optim.residuals import Drop, ErrorFeedback, rank_dim
-from lowrank_optim.rules import CARRIES, Carry, Projected
-from lowrank_optim.storage import STATE_DTYPES, storage
+from lowrank_optim.rules import Carry, Projected
 
 RANKINGS = ("l2", "l1")
 
@@ -117,17 +115,11 @@ class DCTAdamW(ProjectedAdamW):
         super()._check(group, known)
         check_one_side(group, "the columns of one side are chosen")
         check_choice(group, "ranking", RANKINGS)
-        check_choice(group, "carry", CARRIES)
         require(isinstance(group["column_ages"], bool), group, "column_ages", "a bool")
-        if group["error_feedback"] is not None:
-            check_choice(group, "error_feedback", STATE_DTYPES)
 
     def _basis(self, group: Group, shape: tuple[int, int], **options: Any) -> Basis:
         return super()._basis(group, shape, ranking=group["ranking"])
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
-        aged = group["column_ages"] or group["carry"] == "reset"
-        adam = self._adam(group, rank_dim(basis) if aged else None)
-        kept = group["error_feedback"]
-        residual = Drop() if kept is None else ErrorFeedback(storage(kept))
+        adam, residual = self._carried(group, basis), self._fed_back(group)
         return Projected(basis, adam, residual, self._schedule(group), group["carry"])

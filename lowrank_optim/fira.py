@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim._checks import check_choice, check_growth, check_one_side, require
+from lowrank_optim._checks import check_one_side, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
-from lowrank_optim.residuals import GROWTH, Fira, Limiter
-from lowrank_optim.rules import CARRIES, Carry, Projected
+from lowrank_optim.residuals import GROWTH, Fira
+from lowrank_optim.rules import Carry, Projected
 
 
 class FiraAdamW(ProjectedAdamW):
@@ -103,13 +103,10 @@ class FiraAdamW(ProjectedAdamW):
     def _check(self, group: Group, known: Group) -> None:
         super()._check(group, known)
         check_one_side(group, "rows or columns are scaled")
-        check_choice(group, "carry", CARRIES)
-        check_growth(group, "norm_growth")
         require(isinstance(group["published_code"], bool), group, "published_code", "a bool")
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
-        growth, scale = group["norm_growth"], group["scale"]
-        limiter = None if growth is None else Limiter(growth, tuple(group["betas"]))
+        scale = group["scale"]
         share, taken = (1.0, scale) if group["published_code"] else (scale, 1.0)
-        residual = Fira(limiter, scale, share, taken)
+        residual = Fira(self._limiter(group), scale, share, taken)
         return Projected(basis, self._carried(group, basis), residual, self._schedule(group), group["carry"])

@@ -6,14 +6,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
-from lowrank_optim._checks import check_adaptive, check_choice, check_one_side, check_residual
+from lowrank_optim._checks import check_adaptive, check_one_side, check_residual
 from lowrank_optim._types import Basis, Residual
 from lowrank_optim.optimizer import Group
 from lowrank_optim.projected import ProjectedAdamW
-from lowrank_optim.residuals import GROWTH, Drop, ErrorFeedback, Fira, Limiter, SignDescent
-from lowrank_optim.rules import CARRIES, Carry, Projected
+from lowrank_optim.residuals import GROWTH, Fira, Limiter, SignDescent
+from lowrank_optim.rules import Carry, Projected
 from lowrank_optim.schedule import Adaptive, Schedule
-from lowrank_optim.storage import STATE_DTYPES, storage
 
 RESIDUALS = ("fira", "sign")
 
@@ -138,9 +137,6 @@ class GaLoreAdamW(ProjectedAdamW):
     def _check(self, group: Group, known: Group) -> None:
         super()._check(group, known)
         check_adaptive(group)
-        check_choice(group, "carry", CARRIES)
-        if group["error_feedback"] is not None:
-            check_choice(group, "error_feedback", STATE_DTYPES)
         check_residual(group, RESIDUALS)
         if group["residual"] == "fira":
             check_one_side(group, "Fira scales rows or columns")
@@ -158,11 +154,9 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def _residual(self, group: Group) -> Residual:
         scale, share = group["scale"], group["residual_scale"]
-        if group["error_feedback"] is not None:
-            return ErrorFeedback(storage(group["error_feedback"]), scale)
         share = scale if share is None else share
         if group["residual"] == "fira":
             return Fira(Limiter(GROWTH, tuple(group["betas"])), scale, share)
         if group["residual"] == "sign":
             return SignDescent(scale, share)
-        return Drop(scale)
+        return self._fed_back(group, scale)

@@ -6,15 +6,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
-from lowrank_optim._checks import check_choice, check_share, require
+from lowrank_optim._checks import check_share, require
 from lowrank_optim._types import Basis
 from lowrank_optim.optimizer import Group
 from lowrank_optim.orthonormal import SubspaceIteration
 from lowrank_optim.projected import ProjectedAdamW
-from lowrank_optim.residuals import Drop, ErrorFeedback
 from lowrank_optim.rules import Projected
 from lowrank_optim.schedule import Schedule
-from lowrank_optim.storage import STATE_DTYPES, storage
 
 
 class LDAdamW(ProjectedAdamW):
@@ -115,13 +113,11 @@ class LDAdamW(ProjectedAdamW):
         super()._check(group, known)
         check_share(group, "rho")
         require(group["update_proj_gap"] == 1, group, "update_proj_gap", "1: a basis moves at every step")
-        if group["error_feedback"] is not None:
-            check_choice(group, "error_feedback", STATE_DTYPES)
 
     def _basis(self, group: Group, shape: tuple[int, int], **options: object) -> Basis:
         return SubspaceIteration(*bases.resolve(group["rank"], group["proj_type"], shape), decompose_first=True)
 
     def _projected(self, group: Group, basis: Basis) -> Projected:
-        beta1, kept = group["betas"][0], group["error_feedback"]
-        residual = Drop() if kept is None else ErrorFeedback(storage(kept), recovers=beta1 / (1 - beta1))
+        beta1 = group["betas"][0]
+        residual = self._fed_back(group, recovers=beta1 / (1 - beta1))
         return Projected(basis, self._adam(group), residual, Schedule(1), "rotate", group["rho"])

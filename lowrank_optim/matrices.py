@@ -63,8 +63,7 @@ class MatrixOptimizer(RuleOptimizer):
 
     def _layout(self, group: Group, p: Tensor) -> Layout:
         """Return which matrices a parameter holds; raises ValueError where it cannot hold them."""
-        split = group.get("split")
-        layout = Layout(group.get("flatten", True), split if split is None or isinstance(split, int) else tuple(split))
+        layout = Layout.of(group)
         layout.check(p.shape)
         return layout
 

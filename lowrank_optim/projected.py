@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
-from lowrank_optim._checks import check_layout, check_projection
-from lowrank_optim._types import Basis, Rule, matrix_shape
+from lowrank_optim._checks import check_choice, check_growth, check_layout, check_projection
+from lowrank_optim._types import Basis, Residual, Rule, matrix_shape
 from lowrank_optim._warn import warn_once
 from lowrank_optim.adam import Adam
 from lowrank_optim.optimizer import Group, RuleOptimizer
 from lowrank_optim.pieces import Pieces
-from lowrank_optim.residuals import rank_dim
-from lowrank_optim.rules import Projected
+from lowrank_optim.residuals import Drop, ErrorFeedback, Limiter, rank_dim
+from lowrank_optim.rules import CARRIES, Projected
 from lowrank_optim.schedule import Schedule
 from lowrank_optim.steering import Layout
-from lowrank_optim.storage import storage
+from lowrank_optim.storage import STATE_DTYPES, storage
 
 
 class ProjectedAdamW(RuleOptimizer):
@@ -59,10 +59,18 @@ class ProjectedAdamW(RuleOptimizer):
         super()._check(group, known)
         check_projection(group, proj_types=bases.PROJ_TYPES, bases=self.bases)
         check_layout(group)
-        for p in group.get("params", ()):
+        # not keys of all
+        if "carry" in known:
+            check_choice(group, "carry", CARRIES)
+        if "norm_growth" in known:
+            check_growth(group, "norm_growth")
+        if group.get("error_feedback") is not None:
+            check_choice(group, "error_feedback", STATE_DTYPES)
+        layout = self._layout(group)
+        for p in group.get("params", ()) if layout is not None else ():
             # a loaded group holds numbers
-            if isinstance(p, Tensor) and self._layout(group) is not None and p.dim() > 1:
-                cast("Layout", self._layout(group)).check(p.shape)
+            if isinstance(p, Tensor) and p.dim() > 1:
+                cast("Layout", layout).check(p.shape)
 
     def _rule(self, group: Group, p: Tensor) -> Rule:
         adam = self._adam(group)
@@ -91,15 +99,23 @@ class ProjectedAdamW(RuleOptimizer):
         return Adam(storage(group["state_dtype"]), tuple(group["betas"]), group["eps"], aged)
 
     def _carried(self, group: Group, basis: Basis) -> Adam:
-        """Return Adam; where moments begin anew with a basis, so does their bias correction."""
-        return self._adam(group, rank_dim(basis) if group["carry"] == "reset" else None)
+        """Return Adam; where moments begin anew with a basis or a column, so may their bias correction."""
+        aged = group["carry"] == "reset" or group.get("column_ages", False)
+        return self._adam(group, rank_dim(basis) if aged else None)
+
+    def _limiter(self, group: Group) -> Limiter | None:
+        growth = group["norm_growth"]
+        return None if growth is None else Limiter(growth, tuple(group["betas"]))
+
+    def _fed_back(self, group: Group, scale: float = 1.0, recovers: float = 0.0) -> Residual:
+        """Return error feedback, or nothing where a group does not ask for it."""
+        kept = group["error_feedback"]
+        return Drop(scale) if kept is None else ErrorFeedback(storage(kept), scale, recovers)
 
     def _schedule(self, group: Group) -> Schedule:
         return Schedule(group["update_proj_gap"], group["stagger"])
 
     def _layout(self, group: Group) -> Layout | None:
         """Return which matrices a parameter of this group holds; None where it is one."""
-        split = group.get("split")
-        if split is None and group.get("flatten", True):
-            return None
-        return Layout(group.get("flatten", True), split if split is None or isinstance(split, int) else tuple(split))
+        layout = Layout.of(group)
+        return None if layout == Layout() else layout

@@ -76,21 +76,19 @@ def unit(x: Tensor) -> Tensor:
 
 
 def dct(x: Tensor, dim: int) -> Tensor:
-    """Return the orthonormal DCT-II of `x` along one dimension of n elements, by one real FFT of n (Makhoul, 1980)."""
-    n = x.size(dim)
-    order, turns = _makhoul(n, x.dtype, x.device)
-    shape = [1] * x.dim()
-    shape[dim] = -1
-    waves = torch.fft.rfft(x.index_select(dim, order), dim=dim).mul_(turns.view(shape))
+    """Return the orthonormal DCT-II of `x` along one dimension of n elements."""
+    waves = half_spectrum(x, dim)
     # the upper half are the imaginary parts, backwards
-    upper = waves.imag.narrow(dim, 1, (n - 1) // 2).flip(dim).neg_()
+    upper = waves.imag.narrow(dim, 1, (x.size(dim) - 1) // 2).flip(dim).neg_()
     return torch.cat([waves.real, upper], dim)
 
 
-def half_spectrum(x: Tensor, out: Tensor) -> None:
-    """Write the DCT-II of the rows of `x` (m, n) as an FFT has it: `out` (m, n//2 + 1), see `spectrum_places`."""
-    order, turns = _makhoul(x.size(-1), x.dtype, x.device)
-    torch.mul(torch.fft.rfft(x.index_select(-1, order)), turns, out=out)
+def half_spectrum(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    """Return the DCT-II as one real FFT of n has it (Makhoul, 1980), n//2 + 1 numbers; see `spectrum_places`."""
+    order, turns = _makhoul(x.size(dim), x.dtype, x.device)
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.mul(torch.fft.rfft(x.index_select(dim, order), dim=dim), turns.view(shape), out=out)
 
 
 @functools.cache

@@ -158,7 +158,7 @@ class Fira(_Plain):
     of what is inside is used twice.
     """
 
-    limiter: "Limiter | None"
+    limiter: Limiter | None
     scale: float = 1.0
     share: float = 1.0
     taken: float = 1.0

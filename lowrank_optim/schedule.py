@@ -1,6 +1,7 @@
 """When a basis is found again."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ class Schedule:
     Without it all matrices refresh together at steps 0, gap, 2·gap, ..., as GaLore's own code does. State: none.
     """
 
+    # whether `moved_` looks at the overlap
+    compares: ClassVar[bool] = False
+
     gap: int = 200
     stagger: bool = True
 
@@ -29,11 +33,6 @@ class Schedule:
         """Say whether this is a refresh boundary."""
         done = tick.step - 1
         return done == 0 or (done - self._turn(tick)) % self.gap == 0
-
-    @property
-    def compares(self) -> bool:
-        """Say whether `moved_` looks at the overlap."""
-        return False
 
     def moved_(self, state: State, tick: Tick, overlap: Tensor | None) -> None:
         """Take note of a refresh, and of which share of the one subspace lies in the other."""
@@ -53,6 +52,8 @@ class Adaptive(Schedule):
     period.
     """
 
+    compares: ClassVar[bool] = True
+
     overlap: float = 0.9
     most: int = 16
 
@@ -63,11 +64,6 @@ class Adaptive(Schedule):
     def due(self, state: State, tick: Tick) -> bool:
         """Say whether the step has come."""
         return tick.step == 1 or tick.step >= int(state["basis_due"][0])
-
-    @property
-    def compares(self) -> bool:
-        """Say that it does."""
-        return True
 
     def moved_(self, state: State, tick: Tick, overlap: Tensor | None) -> None:
         """Set the next step; makes the host wait for `overlap`."""

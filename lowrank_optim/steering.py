@@ -1,8 +1,9 @@
 """From momenta to updates: which matrices a parameter holds, a direction for each, and its factor."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class Layout:
 
     flatten: bool = True
     split: Split = None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Layout":
+        """Return the layout that the keys `split` and `flatten` of a parameter group ask for."""
+        split = group.get("split")
+        return cls(group.get("flatten", True), split if split is None or isinstance(split, int) else tuple(split))
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """Return views of `x` (k, *shape of the parameter) as stacks (k, b, rows, columns)."""

@@ -92,7 +92,11 @@ def test_a_table_made_for_another_number_of_steps_is_refused(name, steps):
 
 @pytest.mark.parametrize("name", ["jordan", "polar_express"])
 def test_tables_of_any_length_take_any_number_of_steps(name):
-    step(Muon([parameters()[0]], ns_coefficients=name, ns_steps=7))
+    matrix = parameters()[0]
+    before = matrix.detach().clone()
+    step(Muon([matrix], ns_coefficients=name, ns_steps=7))
+    assert matrix.isfinite().all()
+    assert not torch.equal(matrix, before)
 
 
 @pytest.mark.parametrize(
