@@ -16,6 +16,8 @@ Name = Literal[
     "trion",
     "auon",
     "steepest_descent",
+    "mfac",
+    "lowrank_mfac",
 ]
 
 Basis = Literal["svd", "rsvd", "subspace", "random", "gaussian", "dct", "identity", "hadamard"]
@@ -65,6 +67,17 @@ class OptimConfig:
         rho: Weight of the mean gradient in LDAdam's basis.
         gamma: AuON's factor inside the cosh.
         normalize: AuON as in the paper; false is its authors' later code.
+        num_grads: Gradients in M-FAC's window.
+        damping: M-FAC's lambda.
+        relative_damping: In units of the mean squared norm of the gradients in the window.
+        divisor: What their sum is divided by.
+        scope: One window for each group, or each parameter.
+        num_grads: Gradients in M-FAC's window.
+        damping: M-FAC's lambda.
+        relative_damping: In units of the mean squared norm of the gradients in the window.
+        divisor: What their sum is divided by.
+        scope: One window for each group, or each parameter.
+        full_rank: Whole gradients in M-FAC's window, not their coordinates.
     """
 
     name: Name = "galore_adamw"
@@ -104,3 +117,8 @@ class OptimConfig:
     rho: float | None = None
     gamma: float | None = None
     normalize: bool | None = None
+    num_grads: int | None = None
+    damping: float | None = None
+    relative_damping: bool | None = None
+    divisor: Literal["window", "count"] | None = None
+    scope: Literal["group", "parameter"] | None = None

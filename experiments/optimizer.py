@@ -63,6 +63,7 @@ _PROJECTED = ("rank", "update_proj_gap", "basis")
 _FALLBACK = {"betas": "fallback_betas", "eps": "fallback_eps"}
 _MOMENTUM = _same("momentum", "nesterov", "stochastic_rounding")
 _SCHULZ = _same("ns_coefficients", "ns_steps", "ns_dtype", "method")
+_FISHER = _same("momentum", "num_grads", "damping", "relative_damping", "divisor", "scope", "stochastic_rounding")
 _MUON = {**_MOMENTUM, **_SCHULZ, **_FALLBACK, **_same("adjust_lr_fn")}
 
 OPTIMIZERS: dict[str, Known] = {
@@ -96,6 +97,9 @@ OPTIMIZERS: dict[str, Known] = {
     "trion": Known(_ours("Trion"), _without(_MUON, "nesterov"), ("rank", "basis", *_STORED)),
     "auon": Known(_ours("AuON"), {**_MUON, **_same("gamma", "normalize")}, _STORED),
     "steepest_descent": Known(_ours("SteepestDescent"), {**_MOMENTUM, **_SCHULZ}, _STORED),
+    # whole gradients in the window, or coordinates
+    "mfac": Known(_ours("MFAC"), _FISHER, _STORED),
+    "lowrank_mfac": Known(_ours("MFAC"), _FISHER, (*_PROJECTED, "proj_type", *_STORED)),
 }
 
 

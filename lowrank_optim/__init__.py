@@ -8,6 +8,8 @@ from lowrank_optim.coefficients import polar_express_coefficients as polar_expre
 from lowrank_optim.dct import DCTAdamW as DCTAdamW
 from lowrank_optim.diagnostics import Diagnostics as Diagnostics
 from lowrank_optim.fira import FiraAdamW as FiraAdamW
+from lowrank_optim.fisher import InverseFisher as InverseFisher
+from lowrank_optim.fisher import StaticInverseFisher as StaticInverseFisher
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
 from lowrank_optim.ldadam import LDAdamW as LDAdamW
 from lowrank_optim.lowrank_muon import LowRankMuon as LowRankMuon
@@ -15,6 +17,7 @@ from lowrank_optim.memory import MemoryMeter as MemoryMeter
 from lowrank_optim.memory import StateBytes as StateBytes
 from lowrank_optim.memory import adamw_state_bytes as adamw_state_bytes
 from lowrank_optim.memory import state_bytes as state_bytes
+from lowrank_optim.mfac import MFAC as MFAC
 from lowrank_optim.muon import Muon as Muon
 from lowrank_optim.ops import backend as backend
 from lowrank_optim.orthogonal import orthogonalize as orthogonalize

@@ -15,6 +15,7 @@ _IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "
 _PARTICULAR = {
     *("momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"),
     *("carry", "adaptive_overlap", "residual_scale", "ranking", "column_ages", "error_feedback", "scale_type", "rho"),
+    *("num_grads", "damping", "relative_damping", "divisor", "scope", "decoupled_weight_decay", "sparse"),
     *("norm_growth", "published_code", "seed", "proj_dtype", "scale", "alpha", "proj", "enable_lowrank"),
 }
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lowrank_optim._types import NewState, State, compute_dtype
 
+FORMAT_VERSION = 1
+
 
 def pairs(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
     """Yield (saved id, parameter, saved group) in order; torch itself refuses lists that do not match."""
@@ -20,6 +22,20 @@ def with_roles(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[d
     """Return the saved groups; one that says no role, because torch made it, has that of the group it goes to."""
     roles = [{"role": group["role"]} if "role" in group else {} for group in own]
     return [{**role, **group} for role, group in zip(roles, saved, strict=True)] if len(roles) == len(saved) else saved
+
+
+def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Raise ValueError for saved groups of a later format, or whose parameters are these in another order."""
+    for group in saved:
+        if group.get("format_version", 1) > FORMAT_VERSION:
+            raise ValueError(
+                f"the state was saved in format {group['format_version']}, by a newer lowrank_optim; "
+                f"this one reads up to {FORMAT_VERSION}"
+            )
+    for old, new in zip(saved, own, strict=False):
+        theirs, ours = old.get("param_names") or [], new.get("param_names") or []
+        if theirs != ours and sorted(theirs) == sorted(ours):
+            raise ValueError("the saved parameters have the names of these, in another order")
 
 
 def filled(fresh: State, saved: State) -> State:
@@ -44,3 +60,13 @@ def shapes(p: Tensor) -> NewState:
 def code_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype of codes, and None for numbers, of which any kind is read."""
     return x.dtype if x.dtype in (torch.int8, torch.uint8) else None
+
+
+def spread(groups: list[dict[str, Any]]) -> dict[Tensor, float]:
+    """Spread the matrices, and the vectors, evenly over [0, 1), in the order in which they were given."""
+    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for group in groups:
+        for p in group["params"]:
+            kinds[p.dim() > 1].append(p)
+    # vectors have turns of their own: they are not refreshed, but rounded apart by them
+    return {p: (i + 0.5) / len(params) for params in kinds for i, p in enumerate(params)}

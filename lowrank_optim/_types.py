@@ -13,7 +13,7 @@ Side = Literal["left", "right", "both"]
 Moments = Sequence[Tensor] | Tensor
 _WORD = (1 << 64) - 1
 # state that the host reads at each step, and that is on the CPU therefore
-HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due"})
+HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due", "window_step", "window_refused"})
 
 
 class Factored(NamedTuple):

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
-from lowrank_optim._state import code_dtype, filled, pairs, shapes, with_roles
+from lowrank_optim._state import FORMAT_VERSION, check_groups, code_dtype, filled, pairs, shapes, spread, with_roles
 from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
 
@@ -17,7 +17,6 @@ Group = dict[str, Any]
 StateDict = dict[str, Any]
 Loss = TypeVar("Loss")
 
-FORMAT_VERSION = 1
 # added to a seed, so that a weight is not rounded as its moments are
 _WEIGHT = 0x5851F42D
 
@@ -54,6 +53,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         check_group(group, known)
         check_choice(group, "state_dtype", STATE_DTYPES)
 
+    def _check_room(self, group: Group) -> None:
+        """Raise MemoryError for a state that is to be made and is known to have no room."""
+
+    def _decay(self, group: Group) -> float:
+        """Return the weight decay that is apart from the gradient."""
+        return float(group["weight_decay"])
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group and create its state; on an error the optimizer is left as it was."""
         # a copy: torch fills in the dict that it is given, and the same groups may serve two optimizers
@@ -63,10 +69,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._check(group, self.defaults)
             if group.get("rank") is not None:
                 distributed.refuse_flattened_group(group["params"], type(self).__name__)
+            self._check_room(group)
             for p in group["params"]:
                 if p.requires_grad:
                     self.state[p] = self._new_state(p, group)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, MemoryError):
             self.param_groups.pop()
             for p in group["params"]:
                 self.state.pop(p, None)
@@ -97,7 +104,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_changed()
-        turns = self._turns()
+        turns = spread(self.param_groups)
         chunks = [(group, *chunk) for group in self.param_groups for chunk in self._chunks(group)]
         for group, rule, params in chunks:
             with ops.without_autocast(params[0].device.type):
@@ -162,7 +169,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             # a tensor stays on its device; of no dimensions it mixes with every dtype and device
             lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
-        grads = [self._gradient(p, maximize=group["maximize"]) for p in params]
+        grads = [self._gradient(p, group) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         probes.chunk(params)
@@ -171,20 +178,15 @@ class RuleOptimizer(torch.optim.Optimizer):
                 probes.updated(i, update)
                 seed = tick.seed + _WEIGHT if group.get("stochastic_rounding") else None
                 cautious = group.get("cautious", False)
-                ops.apply_(p, update, lr=lr, weight_decay=group["weight_decay"], seed=seed, cautious=cautious)
+                ops.apply_(p, update, lr=lr, weight_decay=self._decay(group), seed=seed, cautious=cautious)
                 step = self.state[p]["step"].fill_(tick.step)
                 self._clocks[id(p)] = (step, step._version, tick.step)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""
         buckets: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                if p.grad.layout != torch.strided:
-                    owner = type(self).__name__
-                    raise RuntimeError(f"{owner} does not support sparse gradients; use torch.optim.SparseAdam")
-                self._follow(p, group)
-                buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        for p in self._present(group):
+            buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
             rule = self._rule(group, params[0])
             self._check_kept(rule, params)
@@ -192,6 +194,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             size = max(1, self.chunk_bytes // max(1, need))
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
+
+    def _present(self, group: Group) -> Iterator[Tensor]:
+        """Yield the parameters that have a gradient, whose state is there then, and where they are."""
+        for p in group["params"]:
+            if p.grad is not None:
+                if p.grad.layout != torch.strided:
+                    owner = type(self).__name__
+                    raise RuntimeError(f"{owner} does not support sparse gradients; use torch.optim.SparseAdam")
+                self._follow(p, group)
+                yield p
 
     def _check_kept(self, rule: Rule, params: list[Tensor]) -> None:
         """Raise RuntimeError where a group's numbers ask for another state than is kept; nothing is updated then."""
@@ -206,19 +218,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                         f"{tuple(need.shape)}; make a new optimizer, or keep the group as it was"
                     )
 
-    def _gradient(self, p: Tensor, *, maximize: bool) -> Tensor:
+    def _gradient(self, p: Tensor, group: Group) -> Tensor:
+        """Return what descends, in the dtype of the mathematics."""
         assert p.grad is not None
         grad = p.grad.to(compute_dtype(p))
-        return -grad if maximize else grad
-
-    def _turns(self) -> dict[Tensor, float]:
-        """Spread the matrices, and the vectors, evenly over [0, 1), in the order in which they were given."""
-        kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for group in self.param_groups:
-            for p in group["params"]:
-                kinds[p.dim() > 1].append(p)
-        # vectors have turns of their own: they are not refreshed, but rounded apart by them
-        return {p: (i + 0.5) / len(params) for params in kinds for i, p in enumerate(params)}
+        return -grad if group["maximize"] else grad
 
     def _taken(self, p: Tensor) -> int:
         """Return how many updates `p` has had, reading the tensor only when something else has written to it."""
@@ -261,16 +265,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.state[p] = filled(self._new_state(p, group), {} if lost else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:
-        for group in loaded["param_groups"]:
-            if group.get("format_version", 1) > FORMAT_VERSION:
-                raise ValueError(
-                    f"the state was saved in format {group['format_version']}, by a newer lowrank_optim; "
-                    f"this one reads up to {FORMAT_VERSION}"
-                )
-        for old, new in zip(loaded["param_groups"], self.param_groups, strict=False):
-            theirs, ours = old.get("param_names") or [], new.get("param_names") or []
-            if theirs != ours and sorted(theirs) == sorted(ours):
-                raise ValueError("the saved parameters have the names of these, in another order")
+        check_groups(loaded["param_groups"], self.param_groups)
         for pid, p, group in pairs(loaded["param_groups"], self.param_groups):
             found = loaded["state"].get(pid)
             if not found:

@@ -22,6 +22,7 @@ _OPTIONS = (
     *("update_proj_gap", "scale", "proj_type", "basis", "stagger", "residual"),
     *("carry", "residual_scale", "adaptive_overlap", "ranking", "column_ages", "error_feedback"),
     *("scale_type", "norm_growth", "published_code", "rho", "seed", "proj_dtype"),
+    *("num_grads", "damping", "relative_damping", "divisor", "scope", "decoupled_weight_decay", "sparse"),
     *("method", "ns_coefficients", "ns_steps", "ns_dtype", "adjust_lr_fn", "normuon_beta2", "gamma", "normalize"),
 )
 # and of the other groups

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import (
+    MFAC,
     APOLLOAdamW,
     AuON,
     DCTAdamW,
@@ -48,12 +49,27 @@ class Way:
 
     def rates(self, lr: float | Tensor) -> dict[str, Any]:
         """Return the options that make this the learning rate of every group."""
-        return {"lr": lr} if self.adam else {"lr": lr, "fallback_lr": lr}
+        return {"lr": lr, "fallback_lr": lr} if self.falls_back else {"lr": lr}
 
     @property
     def adam(self) -> bool:
         """Whether all parameters have moments of Adam, in coordinates or not."""
         return issubclass(self.kind, ProjectedAdamW)
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether it treats matrices in its own way, and what is none with an AdamW."""
+        return not self.adam and self.kind is not MFAC
+
+    @property
+    def joint(self) -> bool:
+        """Whether parameters share a state, so that one without a gradient takes part in that."""
+        return self.kind is MFAC and self.options.get("scope") != "parameter"
+
+    @property
+    def counts(self) -> bool:
+        """Whether how many gradients there have been matters, of zeros too."""
+        return bool(self.options.keys() & {"divisor", "relative_damping"})
 
     @property
     def guarded(self) -> bool:
@@ -68,6 +84,8 @@ class Way:
 
     def seldom(self, gap: int) -> dict[str, Any]:
         """Return the options with which a guarded basis is refreshed every `gap` steps; LDAdam's always is, at each."""
+        if self.kind is MFAC:
+            return {"update_proj_gap": gap}
         return {"stagger": False, "update_proj_gap": gap} if self.guarded and self.kind is not LDAdamW else {}
 
 
@@ -75,6 +93,7 @@ class Way:
 _GALORE = {"rank": 2, "scale": 1.0}
 # no decay, as for the others; products in float32, so that runs whose last bits differ may be compared
 _MUON: dict[str, Any] = {"weight_decay": 0.0, "ns_dtype": "float32"}
+_FISHER: dict[str, Any] = {"num_grads": 3, "damping": 0.1}
 
 ALL = [
     Way("adamw", GaLoreAdamW),
@@ -128,6 +147,12 @@ ALL = [
     Way("auon", AuON),
     Way("hybrid-auon", AuON, {"ns_steps": 1, "ns_dtype": "float32", "state_dtype": "bfloat16"}),
     Way("steepest", SteepestDescent, {"ns_dtype": "float32"}),
+    # windows that wrap around within a test's few steps
+    Way("mfac", MFAC, _FISHER),
+    Way("mfac-alone", MFAC, _FISHER | {"scope": "parameter", "divisor": "count", "momentum": 0.9}),
+    Way("mfac-dct", MFAC, _FISHER | {"rank": 2, "update_proj_gap": 2, "momentum": 0.9}),
+    Way("mfac-svd", MFAC, _FISHER | {"rank": 2, "basis": "svd", "relative_damping": True, "update_proj_gap": 3}),
+    Way("mfac-bfloat16", MFAC, _FISHER | {"state_dtype": "bfloat16", "momentum": 0.5}),
     Way("steepest-int4", SteepestDescent, {"ns_dtype": "float32", "state_dtype": "int4"}),
 ]
 WAYS = [pytest.param(way, id=way.name) for way in ALL]
@@ -135,7 +160,7 @@ NAMED = {way.name: way for way in ALL}
 # where what is kept between steps makes no difference
 PATHS = [pytest.param(way, id=way.name) for way in ALL if way.name == "muon-int4" or "state_dtype" not in way.options]
 # one for each class, where the path within a class makes no difference
-_ONES = ("svd", "dct", "apollo", "fira", "ldadam", "muon", "lowrank-dct", "trion", "auon", "steepest")
+_ONES = ("svd", "dct", "apollo", "fira", "ldadam", "muon", "lowrank-dct", "trion", "auon", "steepest", "mfac")
 CLASSES = [pytest.param(NAMED[name], id=name) for name in _ONES]
 
 

@@ -97,6 +97,7 @@ OTHERS = [
     Info(NAMED["auon"], *BRIEF),
     Info(NAMED["hybrid-auon"], *BRIEF),
     Info(NAMED["steepest"], *BRIEF),
+    *[Info(NAMED[name], *BRIEF) for name in ("mfac", "mfac-alone", "mfac-dct", "mfac-svd", "mfac-bfloat16")],
 ]
 INFOS = GALORE + OTHERS
 assert {info.way.kind for info in INFOS} == {way.kind for way in ALL}

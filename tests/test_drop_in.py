@@ -46,7 +46,8 @@ def test_a_parameter_without_a_gradient_is_left_alone(way: Way) -> None:
     opt.step()
     after = snapshot(model, opt)
     assert same(before[0][0], after[0][0])
-    assert same(before[1][0], after[1][0])
+    own = {name for name in before[1][0] if not (way.joint and name.startswith(("window", "gram")))}
+    assert all(same(before[1][0][name], after[1][0][name]) for name in own)
     assert not same(before[0][1], after[0][1])
 
 
@@ -68,7 +69,7 @@ def test_zero_gradients_move_nothing(way: Way) -> None:
     if way.adam and not way.guarded:
         # whose basis asks nothing of a gradient counts zeros as AdamW does
         assert opt.state[model[0].weight]["step"] == 6
-    else:
+    elif not way.counts:
         # by a matrix as if it were the first of all
         fresh = mlp()
         train(fresh, way(fresh.parameters()), 1)

@@ -216,7 +216,7 @@ def test_a_group_can_be_added_in_the_middle_of_training(way: Way) -> None:
             assert opt.param_groups[-1][key] == value
 
 
-@pytest.mark.parametrize("way", [way for way in CLASSES if not way.values[0].adam])
+@pytest.mark.parametrize("way", [way for way in CLASSES if way.values[0].falls_back])
 def test_what_is_no_matrix_may_have_a_rate_of_its_own(way: Way) -> None:
     """For bare parameters and groups that say a role; a rate that a group names wins, and schedulers drive them all."""
     model = mlp()

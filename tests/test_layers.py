@@ -47,6 +47,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steering": PARTS,
     "pieces": PARTS | {"steering", "probes"},
     "momentum": PARTS | {"steering"},
+    "room": set(),
+    "windows": {"ops"},
+    "gram": set(),
+    "views": NOUNS,
+    "preconditioned": NOUNS | {"windows", "gram", "views"},
+    "fisher": NOUNS | {"windows", "gram", "room"},
     "coefficients": {"_types"},
     "orthogonal": PARTS | {"coefficients"},
     "distributed": {"_types"},
@@ -58,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "apollo": PROJECTED,
     "fira": PROJECTED,
     "ldadam": PROJECTED,
+    "mfac": CORE | {"preconditioned", "views", "gram", "room", "_state"},
     "matrices": CORE,
     "muon": MATRICES,
     "lowrank_muon": MATRICES,
@@ -71,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {"probes"},
     "__init__": {
         *("galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"),
-        *("orthogonal", "coefficients", "memory", "ops", "params", "allocation", "diagnostics"),
+        *("mfac", "fisher", "orthogonal", "coefficients", "memory", "ops", "params", "allocation", "diagnostics"),
     },
 }
 

@@ -1,0 +1,204 @@
+"""M-FAC: the gradient times the inverse of an empirical Fisher matrix."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank_optim import bases
+from lowrank_optim._checks import check_choice, check_momentum, check_rank, require
+from lowrank_optim._state import shapes
+from lowrank_optim._types import State, compute_dtype, matrix_shape
+from lowrank_optim.gram import Ring, check_numbers
+from lowrank_optim.optimizer import Group, RuleOptimizer
+from lowrank_optim.preconditioned import Member, Preconditioned
+from lowrank_optim.room import check_room
+from lowrank_optim.storage import storage
+from lowrank_optim.views import Coordinates, Nonzero, View, Whole
+
+Scope = Literal["group", "parameter"]
+_WINDOWS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class MFAC(RuleOptimizer):
+    r"""M-FAC: natural gradient descent with the exact inverse of a damped empirical Fisher matrix.
+
+    With the last m gradients of all d parameters of a group (or of one parameter) as the rows of G (m×d), the newest
+    one g in the row j, and c = m:
+
+    .. math::
+        g = ∇L + λ_w W, \quad F = λ I + \tfrac1c G^T G, \quad U = F^{-1} g = c\, G^T (cλ I + G G^T)^{-1} e_j, \\
+        V ← β V + (1-β) U, \quad W ← W - η V.
+
+    F is never formed and U is exact: two passes over the window and O(m²) in float64, whatever the size of λ. The
+    published recursion computes the same in float32 and loses its digits where ‖g‖² is large beside λ.
+
+    **The scale of λ.** U is invariant to nothing: gradients twice as large make it half as large, once ‖g‖²/m is large
+    beside λ. λ has the unit of ‖g‖², so that loss scaling, another batch size or another loss needs another λ, unless
+    `relative_damping` ties it to the window.
+
+    **In coordinates.** With a `rank` the window holds, of each matrix, its coordinates in a basis: k·r·max(m, n)
+    numbers instead of k·m·n. What it does then is exact for the Fisher matrix of the projected gradients, and what lies
+    outside of the basis has no update, as in GaLore. When the basis is found again, what leaves it is lost to the
+    window, and what enters has been zero. With `rank=1.0` it is M-FAC itself, in rotated coordinates.
+
+    Args:
+        params: parameters or groups. Each group has its own window, over all that it holds.
+        lr: η. Default 1e-3 (the authors' code).
+        momentum: β, of the updates. Default 0 (the authors' code).
+        weight_decay: λ_w. Default 0.
+        num_grads: m. Default 1024 (the authors' code).
+        damping: λ. Default 1e-5 (the authors' code).
+        relative_damping: λ is `damping` times the mean of ‖g‖² in the window. O(m³) at each step. Default False.
+        divisor: c is m ("window", published: a first step of m·g/‖g‖²) or the number of gradients that the window
+            holds ("count": a first step of g/‖g‖²). The same once the window is full. Default "window".
+        scope: one window for a "group", or for each "parameter": F without the blocks between parameters.
+            Default "group".
+        decoupled_weight_decay: apply λ_w to the weights as AdamW does, and not to the gradient. Default False
+            (the paper).
+        sparse: keep weights out of the window that are exactly zero when the optimizer is made, as those of a pruned
+            model; they stay zero. Default False.
+        rank: of the coordinates of matrices, an int or a fraction of the short side; None for whole gradients. Groups
+            may name their own. Default None.
+        update_proj_gap: gradients between two refreshes of a basis. Default None, `num_grads`.
+        basis: "dct", "identity", "svd", "rsvd", "subspace", "random" or "hadamard". Default "dct".
+        proj_type: which side is compressed, as for `GaLoreAdamW`. Default "std".
+        state_dtype: "float32" or "bfloat16", of window and momentum. Default "float32".
+        stochastic_rounding: round low-precision weights stochastically. Default False.
+        maximize: ascend instead of descend. Default False.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: for complex, flattened (FSDP1, DeepSpeed ZeRO) or DTensor parameters, and sparse gradients.
+        MemoryError: where the windows are larger than the memory that is free; nothing has been allocated then.
+
+    A gradient that holds NaN or Inf anywhere enters no window and updates nothing of its group; `window_refused` counts
+    them. A parameter without a gradient is zeros in the window of its group, and is left as it is.
+
+    State bytes, with k = `num_grads`: 4·k·m·n for an m×n matrix (2 in bfloat16), or 4·k·r·max(m, n) and the basis;
+    with momentum once more without k; 4 for `step`; and for each window 16·k² + 16. With `sparse`, 4·k + 4 for each
+    weight that is not zero.
+
+    Source: Frantar, Kurtic, Alistarh: "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
+    arXiv 2107.03356.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_optim import MFAC
+        >>> model = torch.nn.Linear(8, 2)
+        >>> opt = MFAC(model.parameters(), lr=1e-2, num_grads=16, damping=1e-3)
+        >>> model(torch.randn(4, 8)).square().mean().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        num_grads: int = 1024,
+        damping: float = 1e-5,
+        relative_damping: bool = False,
+        divisor: str = "window",
+        scope: str = "group",
+        decoupled_weight_decay: bool = False,
+        sparse: bool = False,
+        rank: int | float | None = None,
+        update_proj_gap: int | None = None,
+        basis: str = "dct",
+        proj_type: str = "std",
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        usual = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+        damped = {"num_grads": num_grads, "damping": damping, "relative_damping": relative_damping, "divisor": divisor}
+        seen = {"scope": scope, "decoupled_weight_decay": decoupled_weight_decay, "sparse": sparse}
+        projected = {"rank": rank, "update_proj_gap": update_proj_gap, "basis": basis, "proj_type": proj_type}
+        kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
+        super().__init__(params, usual | damped | seen | projected | kept)
+
+    def _check(self, group: Group, known: Group) -> None:
+        super()._check(group, known)
+        check_numbers(group["num_grads"], group["damping"], group["divisor"])
+        check_momentum(group)
+        check_choice(group, "scope", get_args(Scope))
+        check_choice(group, "state_dtype", tuple(_WINDOWS))
+        check_choice(group, "basis", bases.NAMES)
+        check_choice(group, "proj_type", bases.PROJ_TYPES)
+        for key in ("relative_damping", "decoupled_weight_decay", "sparse"):
+            require(isinstance(group[key], bool), group, key, "a bool")
+        if group["rank"] is not None:
+            check_rank(group)
+            require(not group["sparse"], group, "sparse", "False with a rank: coordinates are not of single weights")
+        gap = group["update_proj_gap"]
+        require(gap is None or (type(gap) is int and gap >= 1), group, "update_proj_gap", "None or an int >= 1")
+
+    def _check_room(self, group: Group) -> None:
+        """Add up all windows of a group: none of them is allocated where one of them would have no room."""
+        sizes: dict[torch.device, int] = {}
+        for p in group["params"]:
+            if p.requires_grad and not p.is_complex():
+                window = self._rule(group, p).init(p.shape, shapes(p))["window"]
+                sizes[p.device] = sizes.get(p.device, 0) + window.nbytes
+        for device, size in sizes.items():
+            check_room(size, device, f"a window of {group['num_grads']} gradients")
+
+    def _rule(self, group: Group, p: Tensor) -> Preconditioned:
+        return Preconditioned((self._member(group, p),), group["update_proj_gap"] or group["num_grads"])
+
+    def _member(self, group: Group, p: Tensor) -> Member:
+        ring = Ring(group["num_grads"], group["damping"], group["divisor"], group["relative_damping"])
+        kept, dtype = storage(group["state_dtype"]), _WINDOWS[group["state_dtype"]]
+        leads = group["scope"] == "parameter" or self._leads(p)
+        return Member(ring, self._view(group, p), kept, dtype, group["momentum"], leads)
+
+    def _view(self, group: Group, p: Tensor) -> View:
+        if group["sparse"]:
+            places = self.state.get(p, {}).get("window_index")
+            return Nonzero(int(p.count_nonzero()) if places is None else len(places))
+        if group["rank"] is None or p.dim() < 2 or p.numel() == 0:
+            return Whole()
+        shape = matrix_shape(p.shape)
+        return Coordinates(bases.make(group["basis"], group["rank"], group["proj_type"], shape))
+
+    def _leads(self, p: Tensor) -> bool:
+        """Say whether this parameter keeps what its group shares: the first that has had a state."""
+        if state := self.state.get(p):
+            return "gram" in state
+        beside = next(group["params"] for group in self.param_groups if any(q is p for q in group["params"]))
+        return not any("gram" in self.state.get(q, {}) for q in beside)
+
+    def _new_state(self, p: Tensor, group: Group) -> State:
+        state = super()._new_state(p, group)
+        if "window_index" in state:
+            state["window_index"].copy_(p.detach().reshape(-1).nonzero().squeeze(1))
+        return state
+
+    def _chunks(self, group: Group) -> Iterator[tuple[Preconditioned, list[Tensor]]]:
+        """Yield what shares a window: with it, what has no gradient now and is in the window still."""
+        present = list(self._present(group))
+        if group["scope"] == "parameter":
+            shared = [[p] for p in present]
+        else:
+            shared = [[p for p in group["params"] if self.state.get(p)]] if present else []
+        for params in shared:
+            rules = [self._rule(group, p) for p in params]
+            for rule, p in zip(rules, params, strict=True):
+                self._check_kept(rule, [p])
+            absent = frozenset(i for i, p in enumerate(params) if p.grad is None)
+            yield Preconditioned(tuple(rule.members[0] for rule in rules), rules[0].gap, absent), params
+
+    def _gradient(self, p: Tensor, group: Group) -> Tensor:
+        if p.grad is None:
+            return torch.zeros((), dtype=compute_dtype(p), device=p.device).expand(p.shape)
+        grad = super()._gradient(p, group)
+        decay: Any = 0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        return grad.add(p, alpha=decay) if decay else grad
+
+    def _decay(self, group: Group) -> float:
+        return super()._decay(group) if group["decoupled_weight_decay"] else 0.0
