@@ -10,12 +10,16 @@ from torch import Tensor
 Role = Literal["matrix", "embedding", "head", "other", "vector"]
 
 # keys of other libraries' groups and of `param_groups`, accepted also by an optimizer to which they mean nothing
-_IGNORED = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr", "role", "split", "flatten"}
+_IGNORED = {
+    *("params", "param_names", "name", "initial_lr", "foreach", "fused", "swa_lr", "role", "split", "flatten"),
+    # torch's AdamW says it of its own
+    "decoupled_weight_decay",
+}
 # keys of one optimizer of this package, whose meaning would be lost silently in another
 _PARTICULAR = {
     *("momentum_form", "normuon_beta2", "residual", "gamma", "normalize", "norm"),
     *("carry", "adaptive_overlap", "residual_scale", "ranking", "column_ages", "error_feedback", "scale_type", "rho"),
-    *("num_grads", "damping", "relative_damping", "divisor", "scope", "decoupled_weight_decay", "sparse"),
+    *("num_grads", "damping", "relative_damping", "divisor", "scope", "sparse"),
     *("norm_growth", "published_code", "seed", "proj_dtype", "scale", "alpha", "proj", "enable_lowrank"),
 }
 _UNSUPPORTED = ("capturable", "differentiable", "amsgrad")

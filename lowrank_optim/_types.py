@@ -1,6 +1,6 @@
 """The nouns that everything else is written in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -211,8 +211,11 @@ class Rule(Protocol):
         """Allocate the state of one parameter; reads shapes only, so that it can run before any gradient."""
         ...
 
-    def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
-        """Advance the states and return what to subtract; None leaves a parameter and its step as they are."""
+    def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> Iterable[Update | None]:
+        """Advance the states and return what to subtract; None leaves a parameter and its step as they are.
+
+        Updates may be made one at a time, when they are asked for; all of them have to be.
+        """
         ...
 
     def need(self, shape: Sequence[int]) -> int:

@@ -66,9 +66,9 @@ class APOLLOAdamW(ProjectedAdamW):
         RuntimeError: as for `GaLoreAdamW`.
 
     State bytes of an m×n matrix: 2·B(r·max(m, n)) + 8 (the seed) + 4 (a norm, unless γ is None) + 4 for `step`, with B
-    as for `GaLoreAdamW`; for "svd" 4·r·min(m, n) in the place of the seed's 8. One normal matrix for each different
-    size, 8·r·min(m, n) bytes or 2¹⁴ and half of that, of which every P is made, is shared by all matrices of a process
-    and is not state.
+    as for `GaLoreAdamW`; for "svd" 4·r·min(m, n) in the place of the seed's 8. What every P is made of is shared by
+    all matrices of a size in a process and is not state: a normal matrix, 8·r·min(m, n) bytes or 2¹⁴ and half of that,
+    and signs, 4·min(m, n) + 2¹⁴.
 
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270. Differs from apollo-torch
     in where ε is added, in weight decay (there after the update), and in seeds (there 1, 2, 3, ... in each optimizer).

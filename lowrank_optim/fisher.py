@@ -126,9 +126,9 @@ class InverseFisher:
             warn_once(windows.REFUSED)
             self.num_rejected += 1
             return False
-        # in float64, because what is orthogonal to the window in `solve` is what is left of a difference
-        row = windows.new_row([self._window], [stored.double()], slot, size)
         self._window[:, slot] = stored.squeeze(2)
+        # in float64, because what is orthogonal to the window in `solve` is what is left of a difference
+        row = windows.new_row([self._window], [stored.double()], size)
         self._ring.push_(self._gram, self._inverse, row, self.num_pushed)
         self.num_pushed += 1
         return True

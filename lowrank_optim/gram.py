@@ -10,8 +10,8 @@ from torch import Tensor
 Divisor = Literal["window", "count"]
 DIVISORS = get_args(Divisor)
 
-# relative errors of a column of the inverse: that is good enough, and of a product in float64
-_GOOD, _ROUNDING = 1e-9, 1e-15
+# relative error of a product in float64
+_ROUNDING = 3e-16
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,17 @@ class Ring:
 
 
 def _holds(gram: Tensor, inverse: Tensor, shift: Tensor, slot: int) -> bool:
-    """Say whether a column of the inverse is good to nine digits, or as good as it would be if it were made anew.
+    """Say whether a column of the inverse is as good as it would be if it were made anew.
 
-    Its error is at most that of what it is to solve, divided by the least eigenvalue, which is `shift` or more. By
-    terms of rank one it grows with the square of the condition. The host waits here, as it has for the gradient.
+    It is when what it is to solve is solved to rounding. By terms of rank one its error grows with the square of the
+    condition instead. The host waits here, as it has for the gradient.
     """
     column = inverse[:, :, slot]
     error = torch.matmul(gram, column.unsqueeze(2)).squeeze(2) + shift * column
     error[:, slot] -= 1
+    # the trace is no less than the norm
     size = gram.diagonal(dim1=1, dim2=2).sum(1) + shift[:, 0]
-    bound = torch.maximum(_GOOD * shift[:, 0], _ROUNDING * size) * column.norm(dim=1)
+    bound = _ROUNDING * (size * column.norm(dim=1) + 1)
     # not so for NaN either
     return bool((error.norm(dim=1) <= bound).all())
 

@@ -157,7 +157,7 @@ class Completed:
 
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
         """Advance the inner momenta and return the updates of the completed matrices."""
-        inner = self.inner.updates(grads, states, ticks)
+        inner = list(self.inner.updates(grads, states, ticks))
         live = [i for i, lifted in enumerate(inner) if lifted is not None]
         found: list[Update | None] = [None] * len(grads)
         if live:

@@ -30,6 +30,7 @@ orthonormalize = reference.orthonormalize
 dct = reference.dct
 half_spectrum = reference.half_spectrum
 signs = reference.signs
+stacks = reference.stacks
 spectrum_places = reference.spectrum_places
 quantize_ = reference.quantize_
 dequantize_ = reference.dequantize_
@@ -134,7 +135,9 @@ def _fused_directions_(
     steps: list[int],
 ) -> list[Tensor]:
     # torch's fused AdamW in one pass over memory; from zero weights with lr = −1 it leaves the direction itself
-    directions = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in grads]
+    memory = torch.contiguous_format
+    # together where the gradients are: one fill, and what comes after takes them at once
+    directions = [d for some in stacks(grads) for d in torch.zeros_like(some, memory_format=memory).unbind()]
     adamw(
         directions,
         [g.contiguous() for g in grads],

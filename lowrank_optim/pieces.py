@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +87,15 @@ class Pieces:
             yield {name.removesuffix(ending): state[name][j] for name in names}
 
 
-def _keep_(updates: list[Update | None], out: Tensor, steps: list[Tensor], ticks: list[Tick]) -> bool:
+def _keep_(updates: Iterable[Update | None], out: Tensor, steps: list[Tensor], ticks: list[Tick]) -> bool:
     """Put the updates of matrices into their places and count their steps; say whether there are any."""
+    moved = False
     for update, place, step, tick in zip(updates, out, steps, ticks, strict=True):
         if update is not None:
             place.copy_(dense(update).view_as(place))
             step.fill_(tick.step)
-    return any(update is not None for update in updates)
+            moved = True
+    return moved
 
 
 def _sides(stack: Tensor) -> tuple[int, int]:

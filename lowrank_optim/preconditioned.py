@@ -1,7 +1,7 @@
 """M-FAC as a rule: gradients of several parameters in one window, and the newest one times the inverse Fisher."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +92,18 @@ class Preconditioned:
         """Allocate the state of the first member."""
         return self.members[0].init(shape, new)
 
-    def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
-        """Let the gradient into the window and return its product with the inverse."""
+    def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> Iterator[Update | None]:
+        """Let the gradient into the window and yield its product with the inverse, one parameter after the other.
+
+        All of it at once would be as much new memory as there are parameters, and as slow as that is to touch.
+        """
         lead = next(state for state in states if "gram" in state)
         size = windows.largest(grads)
         if not windows.fits(size):
             warn_once(windows.REFUSED)
             lead["window_refused"] += 1
-            return [None] * len(grads)
+            yield from [None] * len(grads)
+            return
         pushed = int(lead["window_step"])
         first = [i for i, tick in enumerate(ticks) if tick.step == 1 and i not in self.absent]
         idle = self.absent.union(i for i in first if self.members[i].view.blind(grads[i]))
@@ -107,10 +111,8 @@ class Preconditioned:
         weights = self._push_(lead, grads, states, pushed, size)
         dtype = _dtype(states, grads[0])
         lead["window_step"] += 1
-        found: list[Update | None] = []
         for i, (member, grad, state, tick) in enumerate(zip(self.members, grads, states, ticks, strict=True)):
-            found.append(None if i in idle else _update(member, grad, state, tick, weights, dtype))
-        return found
+            yield None if i in idle else _update(member, grad, state, tick, weights, dtype)
 
     def need(self, shape: Sequence[int]) -> int:
         """Count a gradient, what is seen of it, an update and a weight."""
@@ -123,11 +125,9 @@ class Preconditioned:
         seen = []
         for member, grad, state in zip(self.members, grads, states, strict=True):
             # products are of what is stored
-            stored = member.view.see(state, grad).to(state["window"].dtype)
-            seen.append(stored.to(dtype).reshape(1, -1, 1))
-        row = windows.new_row([_rows(state) for state in states], seen, slot, size)
-        for state, one in zip(states, seen, strict=True):
-            state["window"][slot] = one.view(state["window"].shape[1:])
+            stored = state["window"][slot].copy_(member.view.see(state, grad))
+            seen.append(stored.to(dtype).view(1, -1, 1))
+        row = windows.new_row([_rows(state) for state in states], seen, size)
         gram, inverse = lead["gram"].unsqueeze(0), lead["gram_inverse"].unsqueeze(0)
         ring.push_(gram, inverse, row.to(gram.device), pushed)
         return ring.divide(pushed + 1) * inverse[:, :, slot, None]

@@ -38,9 +38,10 @@ class Gaussian:
     """A random matrix P with entries N(0, 1/r), of which only the seed is kept: R = G Pᵀ (right) or P G (left).
 
     Not orthonormal: lengths are kept on average, which suits what only looks at norms (APOLLO, arXiv 2412.05270). P is
-    made again at each use, in a tenth of the time that drawing it would take: columns of one normal matrix that all
-    matrices of a size share and that is made once for the process, beginning anywhere, with random signs. State:
-    `basis_seed`, one int64 on the CPU.
+    made again at each use by one product: columns of one normal matrix that all matrices of a size share, with signs of
+    one random vector, both made once for the process, each beginning where the seed says. So there are not more
+    different P than these beginnings, 4096 max(size, 4096/r), and no generator runs in a step. State: `basis_seed`, one
+    int64 on the CPU.
     """
 
     guarded: ClassVar[bool] = False
@@ -80,10 +81,28 @@ class Gaussian:
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return the coordinates."""
+        return self.project_all([state], [grad])[0]
+
+    def project_all(self, states: list[State], grads: list[Tensor]) -> list[Tensor]:
+        """Return the coordinates of matrices of one shape, some at a time parts of one tensor; see `ops.stacks`."""
+        like = grads[0]
         # float64 is there for precision, and keeps it
-        like = grad if self.dtype is None or grad.dtype == torch.float64 else grad.to(self.dtype)
-        matrix = self.matrix(state, like)
-        return (like @ matrix.mT if self.side == "right" else matrix @ like).to(grad.dtype)
+        dtype = like.dtype if self.dtype is None or like.dtype == torch.float64 else self.dtype
+        m, n = like.shape
+        shape, count = self.coords_shape((m, n)), len(grads)
+        # small enough that an allocator keeps what is free again
+        size = max(1, ops.part_size(like.device) // math.prod(shape))
+        some = (like.new_empty((min(size, count - start), *shape)) for start in range(0, count, size))
+        found = [coords for stack in some for coords in stack.unbind()]
+        for state, grad, coords in zip(states, grads, found, strict=True):
+            grad = grad.to(dtype)
+            matrix = self.matrix(state, grad)
+            left, right = (grad, matrix.mT) if self.side == "right" else (matrix, grad)
+            if dtype == coords.dtype:
+                torch.mm(left, right, out=coords)
+            else:
+                coords.copy_(left @ right)
+        return found
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors."""
@@ -99,13 +118,22 @@ class Gaussian:
     def matrix(self, state: State, grad: Tensor) -> Tensor:
         """Draw P, (r, size of the compressed side)."""
         size = grad.size(-1 if self.side == "right" else -2)
-        seed = int(state["basis_seed"])
+        # the golden ratio's digits spread neighbours: first where columns begin, then where signs do
+        mixed = int(state["basis_seed"]) * 0x9E3779B97F4A7C15 >> 16 & 0xFFFF_FFFF_FFFF
         room = max(size, _SHARED // self.rank)
-        shared = _normal_columns(self.rank, size + room, grad.dtype, grad.device)
-        return shared.narrow(1, seed % room, size) * ops.signs(size, seed, grad)
+        columns = _normal_columns(self.rank, size + room, grad.dtype, grad.device)
+        signs = _signs(size + _SHARED, grad.dtype, grad.device)
+        mixed, first = divmod(mixed, room)
+        return columns.narrow(1, first, size) * signs.narrow(0, mixed % _SHARED, size)
 
 
 @functools.cache
 def _normal_columns(rank: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (rank, count) numbers from N(0, 1/rank)."""
     return ops.normal((rank, count), 0, torch.empty((), dtype=dtype, device=device)).mul_(1 / math.sqrt(rank))
+
+
+@functools.cache
+def _signs(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return so many random numbers ±1."""
+    return ops.signs(count, 1, torch.empty((), dtype=dtype, device=device))

@@ -40,23 +40,37 @@ def _unbias(beta: float, step: int | Tensor) -> float | Tensor:
 def signs(count: int, seed: int, like: Tensor) -> Tensor:
     """Return random numbers ±1 from a generator of our own."""
     source = torch.Generator(like.device).manual_seed(seed)
-    words = torch.empty(-(-count // 64), dtype=torch.int64, device=like.device)
-    words.random_(-(1 << 63), None, generator=source)
-    # a byte at a time
-    rows = _signs_of_bytes(like.dtype, like.device).index_select(0, words.view(torch.uint8).int())
-    return rows.view(-1)[:count]
-
-
-@functools.cache
-def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu") & 1
-    return bits.mul_(2).sub_(1).to(device, dtype)
+    bits = torch.randint(2, (count,), generator=source, dtype=like.dtype, device=like.device)
+    return bits.mul_(2).sub_(1)
 
 
 def normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     """Return standard normal numbers from a generator of our own, so that nobody else's numbers change."""
     source = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(shape, generator=source, dtype=like.dtype, device=like.device)
+
+
+def stacks(xs: list[Tensor]) -> list[Tensor]:
+    """Return tensors whose parts along a new first dimension are these, in order, without a copy.
+
+    Where all parts of a tensor follow one another it is that one, so that one operation does for all of them.
+    """
+    found: list[Tensor] = []
+    while xs:
+        base = xs[0]._base
+        count = base.size(0) if base is not None and base.dim() == xs[0].dim() + 1 else 0
+        whole = base if base is not None and count and _parts_of(base, xs[:count]) else xs[0].unsqueeze(0)
+        found.append(whole)
+        xs = xs[len(whole) :]
+    return found
+
+
+def _parts_of(base: Tensor, xs: list[Tensor]) -> bool:
+    """Tell whether these are the parts of a tensor along its first dimension, all of them and in order."""
+    start, step = base.storage_offset(), base.stride(0)
+    like = base.shape[1:], base.stride()[1:]
+    parts = ((x._base is base, (x.shape, x.stride()), x.storage_offset()) for x in xs)
+    return len(xs) == base.size(0) and all(part == (True, like, start + i * step) for i, part in enumerate(parts))
 
 
 def orthonormalize(x: Tensor) -> Tensor:

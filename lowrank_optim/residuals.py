@@ -132,21 +132,22 @@ class Limiter:
         """Allocate the norm."""
         return {"update_norm": new((1,))}
 
-    def limit_(self, states: list[State], factors: list[Tensor], norms: list[Tensor], looks: list[Look]) -> None:
-        """Divide the factors of updates that have these norms by what is too much, and keep the norms that are left.
+    def limit_(self, states: list[State], factors: Tensor, rests: Tensor, looks: list[Look]) -> None:
+        """Divide the factors (k, ...) on parts of these norms by what is too much, and keep the norms that are left.
 
         A norm that is zero or not finite is no evidence: it limits nothing, and the one before it stays.
         """
         beta1, beta2 = self.betas
         steps = [look.tick.step for look in looks]
-        torch._foreach_div_(norms, [(1 - beta2**step) ** 0.5 / (1 - beta1**step) for step in steps])
+        norm = torch.linalg.vector_norm(rests.mul_(factors), dim=(-2, -1))
+        torch._foreach_div_(list(norm.unbind()), [(1 - beta2**step) ** 0.5 / (1 - beta1**step) for step in steps])
         kept = [state["update_norm"] for state in states]
-        norm, before = torch.stack(norms), torch.cat(kept)
+        before = torch.cat(kept)
         known = norm.isfinite() & (norm > 0)
         over = (norm / (before + _TINY)).clamp_(min=self.growth).div_(self.growth)
         over = torch.where(known & (before > 0), over, 1.0)
         torch._foreach_copy_(kept, list(torch.where(known, norm / over, before).unsqueeze(-1).unbind()))
-        torch._foreach_div_(factors, list(over.unbind()))
+        factors.div_(over.view(-1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,17 @@ class Fira(_Plain):
     def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
         """Return the directions, lifted, and the rest as Adam would scale it."""
         dim = rank_dim(basis)
-        factors = [_ratio(look, dim) for look in looks]
+        inside = _all_norms([look.coords for look in looks], dim)
+        factors = _ratios(looks, inside, dim)
         if self.limiter is not None:
-            rests = [self._norms_outside(look, dim) for look in looks]
-            norms = [torch.linalg.vector_norm(rest.mul_(factor)) for rest, factor in zip(rests, factors, strict=True)]
-            self.limiter.limit_(states, factors, norms, looks)
-        return [self._update(basis, *one) for one in zip(states, looks, factors, strict=True)]
+            whole = _all_norms([look.matrix for look in looks], dim)
+            self.limiter.limit_(states, factors, self._norms_outside(whole, inside), looks)
+        return [self._update(basis, *one) for one in zip(states, looks, factors.unbind(), strict=True)]
 
-    def _norms_outside(self, look: Look, dim: int) -> Tensor:
+    def _norms_outside(self, whole: Tensor, inside: Tensor) -> Tensor:
         """Return ‖G − t lift(R)‖ of each channel, by Pythagoras, so that no matrix is formed."""
-        squares, inside = (_norms(x, dim).square_() for x in (look.matrix, look.coords))
-        return squares.sub_(inside, alpha=self.taken * (2 - self.taken)).clamp_(min=0).sqrt_()
+        squares = whole.square_().sub_(inside.square_(), alpha=self.taken * (2 - self.taken))
+        return squares.clamp_(min=0).sqrt_()
 
     def _update(self, basis: Basis, state: State, look: Look, factors: Tensor) -> Update:
         factors.mul_(self.share)
@@ -210,14 +211,12 @@ class GradientScaling(_Plain):
     def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
         """Return the gradients, scaled."""
         dim = None if self.scale_type == "tensor" else rank_dim(basis)
-        factors = [_ratio(look, dim) for look in looks]
+        factors = _ratios(looks, _all_norms([look.coords for look in looks], dim), dim)
         if self.limiter is not None:
-            pairs = zip(looks, factors, strict=True)
-            norms = [torch.linalg.vector_norm(_norms(look.matrix, dim).mul_(factor)) for look, factor in pairs]
-            self.limiter.limit_(states, factors, norms, looks)
+            self.limiter.limit_(states, factors, _all_norms([look.matrix for look in looks], dim), looks)
         if self.scale != 1:
-            torch._foreach_mul_(factors, self.scale**0.5)
-        return [Scaled(look.matrix, factor) for look, factor in zip(looks, factors, strict=True)]
+            factors.mul_(self.scale**0.5)
+        return [Scaled(look.matrix, factor) for look, factor in zip(looks, factors.unbind(), strict=True)]
 
 
 def rank_dim(basis: Basis) -> int:
@@ -229,16 +228,21 @@ def _norms(x: Tensor, dim: int | None) -> Tensor:
     """Return the norms over one dimension, or over both."""
     if dim == -2:
         # two passes, in parts that stay in a cache: along the first dimension vector_norm is ten times slower on a CPU
-        parts = torch.tensor_split(x, max(1, x.numel() // ops.part_size(x.device)))
+        parts = torch.tensor_split(x, max(1, x.numel() // ops.part_size(x.device)), dim)
         return torch.stack([part.square().sum(dim, keepdim=True) for part in parts]).sum(0).sqrt_()
     over = (-2, -1) if dim is None else dim
     norms: Tensor = torch.linalg.vector_norm(x, dim=over, keepdim=True)
     return norms
 
 
-def _ratio(look: Look, dim: int | None) -> Tensor:
-    """Return ‖direction‖ / ‖coordinates‖ over one dimension, or over both."""
-    return _norms(look.direction, dim).div_(_norms(look.coords, dim).add_(_TINY))
+def _all_norms(xs: list[Tensor], dim: int | None) -> Tensor:
+    """Return the norms of each, stacked."""
+    return torch.cat([_norms(some, dim) for some in ops.stacks(xs)])
+
+
+def _ratios(looks: list[Look], inside: Tensor, dim: int | None) -> Tensor:
+    """Return ‖direction‖ / ‖coordinates‖ over one dimension, or over both, stacked."""
+    return _all_norms([look.direction for look in looks], dim).div_(inside + _TINY)
 
 
 def _outside(basis: Basis, state: State, look: Look) -> Tensor:

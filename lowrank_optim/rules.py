@@ -1,9 +1,9 @@
 """A rule in the coordinates of a basis: the composition that the projected optimizers are points of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class Forget:
         return torch.zeros_like(numbers)
 
 
+@runtime_checkable
+class Together(Protocol):
+    """A basis that looks at all matrices of a bucket at once; no coordinates come with its refresh."""
+
+    def project_all(self, states: list[State], grads: list[Tensor]) -> list[Tensor]:
+        """Return the coordinates of each."""
+        ...
+
+
 @dataclass(frozen=True)
 class Projected:
     """Any rule, run on the coordinates of the gradient in a low-rank basis.
@@ -88,11 +97,9 @@ class Projected:
         live = [i for i in range(len(grads)) if i not in skipped]
         if not live:
             return found
-        coords: list[Tensor] = []
-        for i in live:
-            known = turned[i].coords
-            coords.append(self.basis.project(states[i], seen[i]) if known is None else known)
         kept, clocks, moves = [states[i] for i in live], [ticks[i] for i in live], [turned[i].move for i in live]
+        coords = self._coords(kept, [seen[i] for i in live], [turned[i].coords for i in live])
+        inner: Iterable[Update | None]
         if any(move is not None for move in moves):
             inner = cast("Portable", self.inner).moved_updates(coords, kept, clocks, moves)
         else:
@@ -118,6 +125,12 @@ class Projected:
             inner += (7 if self.residual.recovers else 5) * coords
         # coordinates and their direction are there while an update is made of them
         return (1 + self.residual.held) * whole + max(2 * whole, whole + 2 * coords, inner)
+
+    def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
+        if isinstance(self.basis, Together):
+            return self.basis.project_all(states, seen)
+        rows = zip(states, seen, known, strict=True)
+        return [self.basis.project(state, grad) if found is None else found for state, grad, found in rows]
 
     def _refresh_(
         self, seen: list[Tensor], states: list[State], ticks: list[Tick], turned: list["_Turned"]

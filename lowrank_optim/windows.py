@@ -70,20 +70,17 @@ def fits(size: float) -> bool:
     return size < _HUGE
 
 
-def new_row(windows: Sequence[Tensor], grads: Sequence[Tensor], slot: int, size: float) -> Tensor:
-    """Return the products of a new gradient with each row of a window that it is to enter, (b, m) in float64.
+def new_row(windows: Sequence[Tensor], grads: Sequence[Tensor], size: float) -> Tensor:
+    """Return the products of a gradient that has just entered a window with each of its rows, (b, m) in float64.
 
-    Gradient and window may be in pieces, (b, n, 1) and (b, m, n) each, whose products add up. The window still holds
-    the gradient that goes; at `slot` there is the product of the new one with itself. `size` is its largest magnitude,
-    which is taken out where squares would leave the range of float32.
+    Gradient and window may be in pieces, (b, n, 1) and (b, m, n) each, whose products add up. `size` is its largest
+    magnitude, which is taken out where squares would leave the range of float32.
     """
     scale = 1.0 if size == 0 or _SMALL < size < _LARGE else size
-    found = own = torch.zeros(1, 1, dtype=torch.float64, device=grads[0].device)
+    found = torch.zeros(1, 1, dtype=torch.float64, device=grads[0].device)
     for window, grad in zip(windows, grads, strict=True):
-        grad = grad if scale == 1 else grad / scale
-        found = found + (products(window, grad)[:, :, 0] * scale).to(found.device)
-        own = own + (products(grad.mT, grad)[:, :, 0] * scale**2).to(own.device)
-    found[:, slot] = own[:, 0]
+        part = products(window, grad if scale == 1 else grad / scale)[:, :, 0]
+        found = found + part.mul_(scale).to(found.device)
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim import APOLLOAdamW, param_groups, state_bytes
+from lowrank_optim import APOLLOAdamW, ops, param_groups, state_bytes
 from lowrank_optim.random_bases import Gaussian
 from tests.reference import projected_numpy
 from tests.trajectory import SHAPES, assert_same_weights, gradients, run
@@ -226,6 +226,57 @@ def test_each_matrix_has_its_own_seed_and_another_at_each_refresh(stagger):
         before = now
     # the first, and those of steps 5, 10, 15, 20 or of four to five turns
     assert all(count in ((5, 6) if stagger else (5,)) for count in changes)
+
+
+@pytest.mark.parametrize("proj_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_matrix_is_stepped_among_others_as_it_is_alone(shape, scale_type, proj_dtype, monkeypatch):
+    """Coordinates of several lie in one memory, and of their directions; two at a time, so that there are rests."""
+    monkeypatch.setattr(ops, "part_size", lambda device: 2 * 3 * max(shape))
+    start, grads = torch.randn(5, *shape), [torch.randn(5, *shape) * 4**t for t in range(5)]
+    options = {"rank": 3, "scale_type": scale_type, "scale": 2.0, "proj_dtype": proj_dtype, "update_proj_gap": 3}
+    found = []
+    for chunk in (1, 1 << 30):
+        monkeypatch.setattr(APOLLOAdamW, "chunk_bytes", chunk)
+        params = [nn.Parameter(x.clone()) for x in start]
+        opt = optimizer(**options)(params)
+        for grad in grads:
+            for p, g in zip(params, grad, strict=True):
+                p.grad = g.clone()
+            opt.step()
+        found.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_tensors_are_taken_together_where_they_are_all_parts_of_one():
+    with torch.no_grad():
+        whole, alone = torch.arange(24.0).view(4, 3, 2).clone(), torch.zeros(3, 2)
+        square = torch.arange(18.0).view(2, 3, 3).clone()
+        cases = {
+            "in order, between others": ([alone, *whole.unbind(), alone], [1, 4, 1]),
+            "one is missing": (list(whole.unbind()[:3]), [1, 1, 1]),
+            "in another order": (list(whole.unbind()[::-1]), [1, 1, 1, 1]),
+            "one twice": ([whole[0], whole[1], whole[1], whole[3]], [1, 1, 1, 1]),
+            "transposed": ([x.mT for x in square.unbind()], [1, 1]),
+            "none": ([], []),
+        }
+        for name, (xs, sizes) in cases.items():
+            found = ops.stacks(xs)
+            assert [len(x) for x in found] == sizes, name
+            for x, part in zip(xs, [part for some in found for part in some.unbind()], strict=True):
+                assert torch.equal(x, part), name
+                assert x.data_ptr() == part.data_ptr(), name
+
+
+def test_seeds_that_are_neighbours_make_matrices_that_have_nothing_in_common():
+    """Cosines of whole matrices, and of one with the other's columns in another place, are those of chance."""
+    basis, like = Gaussian(8), torch.zeros(1, 32, dtype=torch.float64)
+    drawn = torch.stack([basis.matrix({"basis_seed": torch.tensor([seed])}, like) for seed in range(200)])
+    for shift in (0, 1, 7):
+        cosines = torch.nn.functional.cosine_similarity(drawn[:-1], drawn[1:].roll(shift, -1), dim=(-1))
+        assert cosines.mean().abs() < 4 / (199 * 8 * 32) ** 0.5
+        assert cosines.square().mean() * 32 == pytest.approx(1, abs=0.15)
 
 
 def test_the_matrix_is_not_kept_and_nobody_else_s_numbers_change():
