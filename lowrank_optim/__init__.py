@@ -9,7 +9,7 @@ from lowrank_optim.dct import DCTAdamW as DCTAdamW
 from lowrank_optim.diagnostics import Diagnostics as Diagnostics
 from lowrank_optim.fira import FiraAdamW as FiraAdamW
 from lowrank_optim.fisher import InverseFisher as InverseFisher
-from lowrank_optim.fisher import StaticInverseFisher as StaticInverseFisher
+from lowrank_optim.fisher_static import StaticInverseFisher as StaticInverseFisher
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
 from lowrank_optim.ldadam import LDAdamW as LDAdamW
 from lowrank_optim.lowrank_muon import LowRankMuon as LowRankMuon

@@ -13,7 +13,8 @@ Side = Literal["left", "right", "both"]
 Moments = Sequence[Tensor] | Tensor
 _WORD = (1 << 64) - 1
 # state that the host reads at each step, and that is on the CPU therefore
-HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due", "window_step", "window_refused"})
+HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due"})
+HOST |= {"window_step", "window_refused", "window_careful"}
 
 
 class Factored(NamedTuple):
@@ -212,10 +213,7 @@ class Rule(Protocol):
         ...
 
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> Iterable[Update | None]:
-        """Advance the states and return what to subtract; None leaves a parameter and its step as they are.
-
-        Updates may be made one at a time, when they are asked for; all of them have to be.
-        """
+        """Advance the states and return, at once or as asked for, what to subtract; None leaves a parameter alone."""
         ...
 
     def need(self, shape: Sequence[int]) -> int:

@@ -1,7 +1,6 @@
 """M-FAC as linear algebra: products with the inverse of an empirical Fisher matrix, exactly, in O(d m)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from lowrank_optim import windows
 from lowrank_optim._warn import warn_once
-from lowrank_optim.gram import Divisor, Ring, check_numbers, logdet, root
+from lowrank_optim.fisher_static import StaticInverseFisher, compute_dtype, each
+from lowrank_optim.gram import Divisor, Ring, check_numbers, logdet, needs_float64, root, solved
 from lowrank_optim.room import check_room
 from lowrank_optim.windows import Blocks
 
@@ -31,12 +31,11 @@ class InverseFisher:
     Exact algebra, not an approximation of F, and computed in float64 from the stored rows, whatever their dtype. The
     second form, for a gradient of the window, is `solve_newest`; as long as the rows are independent nothing cancels in
     it. The published recursion, in float32, is wrong by 300 % for correlated gradients with ‖g‖ = 14, λ = 10⁻⁶ and
-    m = 256, these by 4·10⁻⁷ and 3·10⁻⁸. With ε = 10⁻¹⁶ the error of the first form is about ε (‖GGᵀ‖/cλ)² where
-    m ≥ d or m ≥ B.
+    m = 256, these by 4·10⁻⁷ and 3·10⁻⁸.
 
     Costs, for d parameters: `push` reads the window once and takes O(m²), and O(m³) once in m times or where K has
-    become worse than rounding makes it; `solve_newest` reads the window once; `solve` twice; `diagonal` O(d m²);
-    `element` O(m²); `static` makes these O(d m) and O(m).
+    lost its digits; `solve_newest` reads the window once; `solve` twice, and takes O(m³), because solving is more
+    precise than any K; `diagonal` takes O(d m²), `element` O(m³); `static` makes these O(d m) and O(m).
 
     Args:
         num_params: d.
@@ -88,18 +87,19 @@ class InverseFisher:
     ) -> None:
         check_numbers(num_grads, damping, divisor)
         _check_sizes(num_params, block_size, dtype)
-        self._ring = Ring(num_grads, float(damping), divisor)
-        self._device = torch.get_default_device() if device is None else torch.device(device)
+        self.num_params, self.damping = num_params, float(damping)
+        self._ring = Ring(num_grads, self.damping, divisor)
+        self.device = torch.get_default_device() if device is None else torch.device(device)
         self._blocks = Blocks(num_params, min(block_size or num_params, num_params))
         shape = (self._blocks.count, num_grads, self._blocks.width)
-        home = torch.device("cpu") if offload else self._device
+        home = torch.device("cpu") if offload else self.device
         count = f"a window of {num_grads} gradients of {num_params}"
         sides = 16 * shape[0] * num_grads**2
-        check_room(math.prod(shape) * dtype.itemsize + sides * (home == self._device), home, count)
-        check_room(sides, self._device, f"{count}, in {shape[0]} blocks, has two matrices for each, which")
+        check_room(math.prod(shape) * dtype.itemsize + sides * (home == self.device), home, count)
+        check_room(sides, self.device, f"{count}, in {shape[0]} blocks, has two matrices for each, which")
         pinned = offload and torch.cuda.is_available()
         self._window = torch.zeros(shape, dtype=dtype, device=home, pin_memory=pinned)
-        self._gram = torch.zeros(shape[0], num_grads, num_grads, dtype=torch.float64, device=self._device)
+        self._gram = torch.zeros(shape[0], num_grads, num_grads, dtype=torch.float64, device=self.device)
         self._inverse = torch.zeros_like(self._gram)
         self.num_pushed = 0
         self.num_rejected = 0
@@ -116,19 +116,19 @@ class InverseFisher:
         Raises:
             ValueError: for another shape than (d,).
         """
-        if grad.shape != (self._blocks.size,):
-            raise ValueError(f"Invalid grad: of shape {tuple(grad.shape)}, must be ({self._blocks.size},)")
+        if grad.shape != (self.num_params,) or grad.is_complex() or grad.layout != torch.strided:
+            what = f"{grad.dtype}, {grad.layout}, of shape {tuple(grad.shape)}"
+            raise ValueError(f"Invalid grad: {what}, must be real, strided and ({self.num_params},)")
         # as it will be stored, because products are of what is stored
-        stored = self._blocks.split(grad.to(self._device, self._window.dtype).unsqueeze(0))
+        stored = self._blocks.split(grad.to(self.device, self._window.dtype).unsqueeze(0))
         slot = self._ring.slot(self.num_pushed)
-        size = windows.largest([stored])
-        if not windows.fits(size):
+        if not windows.fits(windows.largest([stored]), stored.dtype):
             warn_once(windows.REFUSED)
             self.num_rejected += 1
             return False
         self._window[:, slot] = stored.squeeze(2)
         # in float64, because what is orthogonal to the window in `solve` is what is left of a difference
-        row = windows.new_row([self._window], [stored.double()], size)
+        row = windows.products(self._window, stored.double()).squeeze(2)
         self._ring.push_(self._gram, self._inverse, row, self.num_pushed)
         self.num_pushed += 1
         return True
@@ -140,7 +140,7 @@ class InverseFisher:
         Raises:
             ValueError: for another length than d.
         """
-        return _each(x, self._blocks, self._solve, self._device).to(_compute(self._window.dtype))
+        return each(x, self._blocks, self._solve, self.device).to(compute_dtype(self._window.dtype))
 
     @torch.no_grad()
     def solve_newest(self) -> Tensor:
@@ -153,20 +153,57 @@ class InverseFisher:
             raise RuntimeError("no gradient has been pushed, so there is no newest one")
         slot = self._ring.slot(self.num_pushed - 1)
         weights = self._ring.divide(self.num_pushed) * self._inverse[:, :, slot]
-        # in float64 for the sake of blocks that are shorter than m: their rows depend on each other, and cancel
-        found = windows.combination(self._window, weights.unsqueeze(2), torch.float64)
-        return self._blocks.join(found).squeeze(0).to(_compute(self._window.dtype))
+        dtype = torch.float64 if needs_float64(self._gram, weights.unsqueeze(2)) else compute_dtype(self._window.dtype)
+        found = windows.combination(self._window, weights.unsqueeze(2), dtype)
+        return self._blocks.join(found).squeeze(0).to(compute_dtype(self._window.dtype))
+
+    @torch.no_grad()
+    def compensate(self, change: Tensor, free: Tensor) -> Tensor:
+        r"""Return the change of the `free` parameters that goes with a given change of the others, zero at these.
+
+        Of all that agree with `change` where `free` is False, it makes ½δᵀFδ least. With Q the free ones and P the
+        others it is
+
+        .. math:: δ_Q = -F_{QQ}^{-1} F_{QP} δ_P = -G_Q^T (cλ I + G_Q G_Q^T)^{-1} G_P δ_P,
+
+        exactly, and nothing cancels in it. It reads the window twice and takes O(d m²).
+
+        Args:
+            change: (d,), read where `free` is False.
+            free: (d,), bool.
+
+        Returns:
+            (d,), in float64.
+
+        Raises:
+            ValueError: for another shape than (d,), or a `free` that is not bool.
+        """
+        if change.shape != (self.num_params,):
+            raise ValueError(f"Invalid change: of shape {tuple(change.shape)}, must be ({self.num_params},)")
+        if free.shape != (self.num_params,) or free.dtype != torch.bool:
+            raise ValueError(
+                f"Invalid free: {free.dtype} of shape {tuple(free.shape)}, must be torch.bool, ({self.num_params},)"
+            )
+        free = free.to(self.device)
+
+        def solve(given: Tensor) -> Tensor:
+            among = windows.gram(self._window, self.device, self._blocks.split(free.unsqueeze(0)))
+            weights = solved(among, self._ring.shift(among, self.num_pushed), windows.products(self._window, given))
+            return windows.combination(self._window, weights, torch.float64).neg_()
+
+        given = change.to(self.device, torch.float64)
+        return each(given.masked_fill(free, 0), self._blocks, solve, self.device).masked_fill_(~free, 0)
 
     @torch.no_grad()
     def diagonal(self) -> Tensor:
         """Return the diagonal of F⁻¹, (d,), in O(d m²)."""
         sums = windows.squares(self._window, self._root())
-        found = self._blocks.join((1 - sums).div_(self._ring.damping).unsqueeze(2)).squeeze(0)
-        return found.to(_compute(self._window.dtype))
+        found = self._blocks.join((1 - sums).div_(self.damping).unsqueeze(2)).squeeze(0)
+        return found.to(compute_dtype(self._window.dtype))
 
     @torch.no_grad()
     def element(self, i: int, j: int) -> float:
-        """Return the element (i, j) of F⁻¹, in O(m²).
+        """Return the element (i, j) of F⁻¹, in O(m³).
 
         Raises:
             IndexError: out of range.
@@ -174,20 +211,22 @@ class InverseFisher:
         one, two = self._blocks.place(i), self._blocks.place(j)
         if one[0] != two[0]:
             return 0.0
-        columns = [self._window[block, :, column].to(self._device, torch.float64) for block, column in (one, two)]
-        common = float(columns[0] @ self._inverse[one[0]] @ columns[1])
-        return ((one == two) - common) / self._ring.damping
+        row, column = (self._window[block, :, i].to(self.device, torch.float64) for block, i in (one, two))
+        block = slice(one[0], one[0] + 1)
+        weights = solved(self._gram[block], self._shift()[block], column.view(1, -1, 1))
+        common = float(row @ weights.flatten())
+        return ((one == two) - common) / self.damping
 
     @torch.no_grad()
     def logdet(self) -> float:
         """Return log det F."""
-        return self._blocks.size * math.log(self._ring.damping) + logdet(self._gram, self._shift())
+        return self.num_params * math.log(self.damping) + logdet(self._gram, self._shift())
 
     @torch.no_grad()
     def static(self) -> "StaticInverseFisher":
         """Return F⁻¹ as it is now in a form whose products take O(d m) and whose elements O(m), for O(d m²) once."""
         rows = windows.transformed(self._window, self._root(), torch.float64)
-        return StaticInverseFisher(rows, self._blocks, self._ring.damping, _compute(self._window.dtype))
+        return StaticInverseFisher(rows, self._blocks, self.damping, compute_dtype(self._window.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is kept, as tensors and numbers."""
@@ -208,80 +247,32 @@ class InverseFisher:
         for name, value in own.items():
             if state_dict[name] != value:
                 raise ValueError(f"the saved state has {name} = {state_dict[name]!r}, and this one has {value!r}")
+        if not all(type(state_dict[name]) is int and state_dict[name] >= 0 for name in ("pushed", "rejected")):
+            raise ValueError("the saved state has counts that are none")
         for name, kept in zip(_KEPT, (self._window, self._gram, self._inverse), strict=False):
             have = state_dict[name]
-            if have.shape != kept.shape or have.dtype != kept.dtype:
+            if not isinstance(have, Tensor) or have.shape != kept.shape or have.dtype != kept.dtype:
                 raise ValueError(
-                    f"the saved state has a {name} of {have.dtype} and shape {tuple(have.shape)}, and this one has "
-                    f"{kept.dtype} and {tuple(kept.shape)} (blocks, num_grads, numbers in each)"
+                    f"the saved state has a {name} of {getattr(have, 'dtype', None)} and shape "
+                    f"{tuple(getattr(have, 'shape', ()))}, and this one has {kept.dtype} and {tuple(kept.shape)} "
+                    "(blocks, num_grads, numbers in each)"
                 )
         for name, kept in zip(_KEPT, (self._window, self._gram, self._inverse), strict=False):
             kept.copy_(state_dict[name])
         self.num_pushed, self.num_rejected = int(state_dict["pushed"]), int(state_dict["rejected"])
 
     def _numbers(self) -> dict[str, Any]:
-        return {"num_params": self._blocks.size, "damping": self._ring.damping, "divisor": self._ring.divisor}
+        return {"num_params": self.num_params, "damping": self.damping, "divisor": self._ring.divisor}
 
     def _solve(self, x: Tensor) -> Tensor:
-        weights = self._inverse @ windows.products(self._window, x)
-        return (x - windows.combination(self._window, weights, torch.float64)).div_(self._ring.damping)
+        weights = solved(self._gram, self._shift(), windows.products(self._window, x))
+        return (x - windows.combination(self._window, weights, torch.float64)).div_(self.damping)
 
     def _root(self) -> Tensor:
         return root(self._gram, self._shift())
 
     def _shift(self) -> Tensor:
         return self._ring.shift(self._gram, self.num_pushed)
-
-
-class StaticInverseFisher:
-    """F⁻¹ in its static form, T = R G with RᵀR = K, which `InverseFisher.static` makes: F⁻¹ = (I − TᵀT)/λ.
-
-    The rows of T are the published v_i of a static window, up to a factor and the order in which they are combined.
-    They are kept in float64, because 1 − Σ T² cancels: d·m numbers of 8 bytes.
-    """
-
-    def __init__(self, rows: Tensor, blocks: Blocks, damping: float, dtype: torch.dtype) -> None:
-        self._rows, self._blocks, self._damping, self._dtype = rows, blocks, damping, dtype
-
-    @torch.no_grad()
-    def solve(self, x: Tensor) -> Tensor:
-        """Return F⁻¹x of a vector (d,), or of each row of a batch (p, d), in O(d m)."""
-        return _each(x, self._blocks, self._solve, self._rows.device).to(self._dtype)
-
-    @torch.no_grad()
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of F⁻¹, (d,), in O(d m)."""
-        sums = self._rows.square().sum(1)
-        return self._blocks.join((1 - sums).div_(self._damping).unsqueeze(2)).squeeze(0).to(self._dtype)
-
-    @torch.no_grad()
-    def element(self, i: int, j: int) -> float:
-        """Return the element (i, j) of F⁻¹, in O(m).
-
-        Raises:
-            IndexError: out of range.
-        """
-        one, two = self._blocks.place(i), self._blocks.place(j)
-        if one[0] != two[0]:
-            return 0.0
-        common = float(self._rows[one[0], :, one[1]] @ self._rows[two[0], :, two[1]])
-        return ((one == two) - common) / self._damping
-
-    def _solve(self, x: Tensor) -> Tensor:
-        inside = windows.combination(self._rows, windows.products(self._rows, x), torch.float64)
-        return (x - inside).div_(self._damping)
-
-
-def _each(x: Tensor, blocks: Blocks, solve: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """Return what `solve` makes of (b, n, p) numbers in float64, in the shape of `x`."""
-    if x.dim() not in (1, 2) or x.size(-1) != blocks.size:
-        raise ValueError(f"Invalid x: of shape {tuple(x.shape)}, must be ({blocks.size},) or (p, {blocks.size})")
-    rows = x if x.dim() == 2 else x.unsqueeze(0)
-    return blocks.join(solve(blocks.split(rows.to(device, torch.float64)))).reshape(x.shape)
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_sizes(num_params: int, block_size: int | None, dtype: torch.dtype) -> None:

@@ -1,6 +1,5 @@
 """The small side of M-FAC: a ring of m gradients seen through their products with each other, in float64."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,8 +9,14 @@ from torch import Tensor
 Divisor = Literal["window", "count"]
 DIVISORS = get_args(Divisor)
 
-# relative error of a product in float64
-_ROUNDING = 3e-16
+# how far from one a matrix times its inverse may be, so that there is nothing left of it when it is refined
+_LEFT = 1e-8
+# the least damping that a relative one comes to
+_LEAST = 1e-290
+# how much larger than their sum the terms of a combination may be for float32
+_CANCELLED = 64
+# weights between it and its inverse are float32, and so are rows with these weights
+_SMALL = 1e-25
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,9 @@ class Ring:
     in which nothing cancels. Rows of zeros, as in a window that is not full, change neither.
 
     A row that is replaced changes K by two terms of rank one, O(m²). K is made anew from S, O(m³), once in m rows,
-    where it has become worse than rounding makes it, and with each row where c or λ changes with it: as long as a
-    window that counts its gradients is not full, and where damping is relative.
+    where it has lost its digits, and with each row where c or λ changes with it: as long as a window that counts its
+    gradients is not full, and where damping is relative. The column of the newest row is refined, and is all of K that
+    is as good as solving with S; what else is wanted is `solved`.
 
     Args:
         num_grads: m.
@@ -46,8 +52,8 @@ class Ring:
         if not self.relative:
             return gram.new_full((len(gram), 1), self.damping)
         mean = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / max(1, min(pushed, self.num_grads))
-        # a window of zeros has no size that a damping could be a ratio to
-        return self.damping * torch.where(mean > 0, mean, 1)
+        # a window of zeros has no size that a damping could be a ratio to; and what is divided by is not denormal
+        return (self.damping * torch.where(mean > 0, mean, 1)).clamp_(min=_LEAST)
 
     def slot(self, pushed: int) -> int:
         """Return where the next row goes."""
@@ -58,13 +64,14 @@ class Ring:
         slot = self.slot(pushed)
         gram[:, slot, :] = row
         gram[:, :, slot] = row
+        shift = self.shift(gram, pushed + 1)
         changes = self.relative or (self.divisor == "count" and pushed < self.num_grads)
-        if not changes and slot > 0:
-            shift = self.shift(gram, pushed + 1)
-            self._replace_(inverse, slot, row, shift)
-            if _holds(gram, inverse, shift, slot):
-                return
-        self.refactor_(gram, inverse, pushed + 1)
+        followed = not changes and slot > 0 and _replaced_(inverse, gram, slot, row, shift)
+        if not followed:
+            self.refactor_(gram, inverse, pushed + 1)
+        column = _refined(gram, inverse, slot, shift)
+        inverse[:, slot, :] = column
+        inverse[:, :, slot] = column
 
     def shift(self, gram: Tensor, pushed: int) -> Tensor:
         """Return c λ of each block, (b, 1)."""
@@ -75,47 +82,81 @@ class Ring:
         half = root(gram, self.shift(gram, pushed))
         torch.matmul(half.mT, half, out=inverse)
 
-    def _replace_(self, inverse: Tensor, slot: int, row: Tensor, shift: Tensor) -> None:
-        """Replace one row and column of the matrix that `inverse` is the inverse of."""
-        # without the slot: its row and column become zeros
-        column = inverse[:, :, slot].clone()
-        inverse.baddbmm_(column.unsqueeze(2), (-column / column[:, slot, None]).unsqueeze(1))
-        inverse[:, slot, :] = 0
-        inverse[:, :, slot] = 0
-        # with the new row, bordered by what it has in common with the others
-        border = torch.matmul(inverse, row.unsqueeze(2)).squeeze(2)
-        rest = row[:, slot] + shift[:, 0] - torch.linalg.vecdot(border, row)
-        border[:, slot] = -1
-        inverse.baddbmm_(border.unsqueeze(2), (border / rest[:, None]).unsqueeze(1))
 
+def _replaced_(inverse: Tensor, gram: Tensor, slot: int, row: Tensor, shift: Tensor) -> bool:
+    """Replace one row and column of the matrix that `inverse` is the inverse of; say whether it is that still.
 
-def _holds(gram: Tensor, inverse: Tensor, shift: Tensor, slot: int) -> bool:
-    """Say whether a column of the inverse is as good as it would be if it were made anew.
-
-    It is when what it is to solve is solved to rounding. By terms of rank one its error grows with the square of the
-    condition instead. The host waits here, as it has for the gradient.
+    Terms of rank one have errors that grow with the square of the condition. The host waits to know, as it has waited
+    for the gradient.
     """
+    # without the slot: its row and column become zeros
+    column = inverse[:, :, slot].clone()
+    inverse.baddbmm_(column.unsqueeze(2), (-column / column[:, slot, None]).unsqueeze(1))
+    inverse[:, slot, :] = 0
+    inverse[:, :, slot] = 0
+    # with the new row, bordered by what it has in common with the others
+    border = torch.matmul(inverse, row.unsqueeze(2)).squeeze(2)
+    rest = row[:, slot] + shift[:, 0] - torch.linalg.vecdot(border, row)
+    border[:, slot] = -1
+    inverse.baddbmm_(border.unsqueeze(2), (border / rest[:, None]).unsqueeze(1))
+    return bool((_left(gram, inverse, slot, shift).norm(dim=1) <= _LEFT).all())
+
+
+def _left(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor) -> Tensor:
+    """Return what a column of the inverse leaves over of the column of the identity that it is to make."""
     column = inverse[:, :, slot]
-    error = torch.matmul(gram, column.unsqueeze(2)).squeeze(2) + shift * column
-    error[:, slot] -= 1
-    # the trace is no less than the norm
-    size = gram.diagonal(dim1=1, dim2=2).sum(1) + shift[:, 0]
-    bound = _ROUNDING * (size * column.norm(dim=1) + 1)
-    # not so for NaN either
-    return bool((error.norm(dim=1) <= bound).all())
+    left = torch.matmul(gram, column.unsqueeze(2)).squeeze(2).add_(shift * column).neg_()
+    left[:, slot] += 1
+    return left
+
+
+def _refined(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor) -> Tensor:
+    """Return a column of the inverse, with what it leaves over put right once."""
+    left = _left(gram, inverse, slot, shift)
+    return inverse[:, :, slot] + torch.matmul(inverse, left.unsqueeze(2)).squeeze(2)
+
+
+def solved(gram: Tensor, shift: Tensor, y: Tensor) -> Tensor:
+    """Return (shift·I + S)⁻¹ y of vectors (b, m, p), in O(m³).
+
+    More precise than any inverse, where (x − GᵀK G x)/λ is what is left of a difference: by as much as the condition.
+    """
+    factor, info = torch.linalg.cholesky_ex(_shifted(gram, shift))
+    if not bool(info.any()):
+        return torch.cholesky_solve(y, factor)
+    half = root(gram, shift)
+    return half.mT @ (half @ y)
 
 
 def root(gram: Tensor, shift: Tensor) -> Tensor:
     """Return R with RᵀR = (shift·I + S)⁻¹ for each block; S has no negative eigenvalues but by rounding."""
-    whole = gram.clone()
-    whole.diagonal(dim1=1, dim2=2).add_(shift)
-    factor, info = torch.linalg.cholesky_ex(whole)
+    factor, info = torch.linalg.cholesky_ex(_shifted(gram, shift))
     if not bool(info.any()):
         unit = torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device).expand_as(gram)
         found: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
         return found
     values, vectors = torch.linalg.eigh(gram)
     return torch.mul(vectors.mT, (values.clamp_(min=0) + shift).rsqrt_().unsqueeze(2))
+
+
+def needs_float64(gram: Tensor, weights: Tensor) -> bool:
+    """Say whether rows with these weights (b, m, 1) have a sum that float32 loses. The host waits to know.
+
+    Rows that nearly depend on each other have such weights: their terms are much larger than their sum. So have rows
+    that are very large or very small.
+    """
+    terms = (weights.abs() * gram.diagonal(dim1=1, dim2=2).unsqueeze(2).sqrt()).sum((1, 2))
+    total = (weights * (gram @ weights)).sum((1, 2)).clamp_(min=0).sqrt_()
+    size = weights.abs().amax((1, 2))
+    ordinary = (size > _SMALL) & (size < 1 / _SMALL) | (size == 0)
+    # not so for NaN either
+    return not bool(((terms <= _CANCELLED * total) & ordinary).all())
+
+
+def _shifted(gram: Tensor, shift: Tensor) -> Tensor:
+    whole = gram.clone()
+    whole.diagonal(dim1=1, dim2=2).add_(shift)
+    return whole
 
 
 def logdet(gram: Tensor, shift: Tensor) -> float:
@@ -129,7 +170,7 @@ def check_numbers(num_grads: int, damping: float, divisor: str) -> None:
     if isinstance(num_grads, bool) or not isinstance(num_grads, int) or num_grads < 1:
         raise ValueError(f"Invalid num_grads: {num_grads!r}, must be an int >= 1")
     number = isinstance(damping, int | float) and not isinstance(damping, bool)
-    if not (number and math.isfinite(damping) and damping > 0):
-        raise ValueError(f"Invalid damping: {damping!r}, must be a finite number > 0")
+    if not (number and 1e-30 <= damping <= 1e30):
+        raise ValueError(f"Invalid damping: {damping!r}, must be a number in [1e-30, 1e30]")
     if divisor not in DIVISORS:
         raise ValueError(f"Invalid divisor: {divisor!r}, must be one of {', '.join(DIVISORS)}")

@@ -1,6 +1,6 @@
 """M-FAC: the gradient times the inverse of an empirical Fisher matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,11 +9,11 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
 from lowrank_optim._checks import check_choice, check_momentum, check_rank, require
-from lowrank_optim._state import shapes
+from lowrank_optim._state import pairs, shapes
 from lowrank_optim._types import State, compute_dtype, matrix_shape
 from lowrank_optim.gram import Ring, check_numbers
-from lowrank_optim.optimizer import Group, RuleOptimizer
-from lowrank_optim.preconditioned import Member, Preconditioned
+from lowrank_optim.optimizer import Group, RuleOptimizer, StateDict
+from lowrank_optim.preconditioned import Member, Preconditioned, leader
 from lowrank_optim.room import check_room
 from lowrank_optim.storage import storage
 from lowrank_optim.views import Coordinates, Nonzero, View, Whole
@@ -32,8 +32,9 @@ class MFAC(RuleOptimizer):
         g = ∇L + λ_w W, \quad F = λ I + \tfrac1c G^T G, \quad U = F^{-1} g = c\, G^T (cλ I + G G^T)^{-1} e_j, \\
         V ← β V + (1-β) U, \quad W ← W - η V.
 
-    F is never formed and U is exact: two passes over the window and O(m²) in float64, whatever the size of λ. The
-    published recursion computes the same in float32 and loses its digits where ‖g‖² is large beside λ.
+    F is never formed and U is exact: two passes over the window, in float32 as long as nothing cancels in that and in
+    float64 where the gradients nearly depend on each other, and O(m²) in float64. The published recursion computes the
+    same in float32 and loses its digits where ‖g‖² is large beside λ.
 
     **The scale of λ.** U is invariant to nothing: gradients twice as large make it half as large, once ‖g‖²/m is large
     beside λ. λ has the unit of ‖g‖², so that loss scaling, another batch size or another loss needs another λ, unless
@@ -42,7 +43,7 @@ class MFAC(RuleOptimizer):
     **In coordinates.** With a `rank` the window holds, of each matrix, its coordinates in a basis: k·r·max(m, n)
     numbers instead of k·m·n. What it does then is exact for the Fisher matrix of the projected gradients, and what lies
     outside of the basis has no update, as in GaLore. When the basis is found again, what leaves it is lost to the
-    window, and what enters has been zero. With `rank=1.0` it is M-FAC itself, in rotated coordinates.
+    window, and what enters has been zero. With `rank=1.0` and `proj_type="std"` it is M-FAC itself.
 
     Args:
         params: parameters or groups. Each group has its own window, over all that it holds.
@@ -74,12 +75,13 @@ class MFAC(RuleOptimizer):
         RuntimeError: for complex, flattened (FSDP1, DeepSpeed ZeRO) or DTensor parameters, and sparse gradients.
         MemoryError: where the windows are larger than the memory that is free; nothing has been allocated then.
 
-    A gradient that holds NaN or Inf anywhere enters no window and updates nothing of its group; `window_refused` counts
-    them. A parameter without a gradient is zeros in the window of its group, and is left as it is.
+    A gradient that holds NaN, Inf or numbers above 1e30 enters no window and updates nothing of its group;
+    `window_refused` counts them. A parameter without a gradient is zeros in the window of its group, and stays.
 
-    State bytes, with k = `num_grads`: 4·k·m·n for an m×n matrix (2 in bfloat16), or 4·k·r·max(m, n) and the basis;
-    with momentum once more without k; 4 for `step`; and for each window 16·k² + 16. With `sparse`, 4·k + 4 for each
-    weight that is not zero.
+    State bytes, with k = `num_grads`: 4·k·m·n for an m×n matrix (2 in bfloat16, 8 for float64 parameters), or
+    4·k·r·max(m, n) and the basis; with momentum once more without k; 4 for `step`; and for each window 16·k² + 24. With
+    `sparse`, 4·k + 4 for each weight that is not zero, and 4 more with momentum. A step holds the gradients of a
+    group in float32, and of updates one parameter's.
 
     Source: Frantar, Kurtic, Alistarh: "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
     arXiv 2107.03356.
@@ -120,6 +122,9 @@ class MFAC(RuleOptimizer):
         seen = {"scope": scope, "decoupled_weight_decay": decoupled_weight_decay, "sparse": sparse}
         projected = {"rank": rank, "update_proj_gap": update_proj_gap, "basis": basis, "proj_type": proj_type}
         kept = {"state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding}
+        # states that are about to be loaded; parameters whose window has another dtype than its products were made of
+        self._loading: dict[Tensor, State] = {}
+        self._recast: set[Tensor] = set()
         super().__init__(params, usual | damped | seen | projected | kept)
 
     def _check(self, group: Group, known: Group) -> None:
@@ -139,12 +144,16 @@ class MFAC(RuleOptimizer):
         require(gap is None or (type(gap) is int and gap >= 1), group, "update_proj_gap", "None or an int >= 1")
 
     def _check_room(self, group: Group) -> None:
-        """Add up all windows of a group: none of them is allocated where one of them would have no room."""
+        """Add up a whole group: nothing of it is allocated where a part of it would have no room."""
         sizes: dict[torch.device, int] = {}
+        shared = ("gram", "gram_inverse")
         for p in group["params"]:
             if p.requires_grad and not p.is_complex():
-                window = self._rule(group, p).init(p.shape, shapes(p))["window"]
-                sizes[p.device] = sizes.get(p.device, 0) + window.nbytes
+                own = self._rule(group, p).init(p.shape, shapes(p))
+                # of a group that has no state yet each would lead
+                counted = group["scope"] == "parameter" or p.device not in sizes
+                size = sum(value.nbytes for name, value in own.items() if counted or name not in shared)
+                sizes[p.device] = sizes.get(p.device, 0) + size
         for device, size in sizes.items():
             check_room(size, device, f"a window of {group['num_grads']} gradients")
 
@@ -159,25 +168,59 @@ class MFAC(RuleOptimizer):
 
     def _view(self, group: Group, p: Tensor) -> View:
         if group["sparse"]:
-            places = self.state.get(p, {}).get("window_index")
+            places = self._kept(p).get("window_index")
             return Nonzero(int(p.count_nonzero()) if places is None else len(places))
         if group["rank"] is None or p.dim() < 2 or p.numel() == 0:
             return Whole()
         shape = matrix_shape(p.shape)
         return Coordinates(bases.make(group["basis"], group["rank"], group["proj_type"], shape))
 
+    def _kept(self, p: Tensor) -> State:
+        """Return the state of a parameter: the one that is about to be loaded, while that is looked at."""
+        return self._loading.get(p) or self.state.get(p, {})
+
     def _leads(self, p: Tensor) -> bool:
         """Say whether this parameter keeps what its group shares: the first that has had a state."""
-        if state := self.state.get(p):
+        if state := self._kept(p):
             return "gram" in state
         beside = next(group["params"] for group in self.param_groups if any(q is p for q in group["params"]))
-        return not any("gram" in self.state.get(q, {}) for q in beside)
+        return not any("gram" in self._kept(q) for q in beside)
 
     def _new_state(self, p: Tensor, group: Group) -> State:
+        known = "window_index" in self.state.get(p, {})
         state = super()._new_state(p, group)
-        if "window_index" in state:
+        if "window_index" in state and not known:
             state["window_index"].copy_(p.detach().reshape(-1).nonzero().squeeze(1))
         return state
+
+    def _check_loadable(self, loaded: StateDict) -> None:
+        places = list(pairs(loaded["param_groups"], self.param_groups))
+        self._loading = {p: found for pid, p, _ in places if (found := loaded["state"].get(pid))}
+        try:
+            super()._check_loadable(loaded)
+            for old, new in zip(loaded["param_groups"], self.param_groups, strict=True):
+                if saved := [self._loading[p] for p in new["params"] if p in self._loading]:
+                    _check_led(saved, {**self.defaults, **old})
+        finally:
+            self._loading = {}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state; see `RuleOptimizer`. A window that is rounded has its products made anew.
+
+        Raises:
+            ValueError: as there, and where not one parameter of a group keeps what a window shares.
+        """
+        super().load_state_dict(state_dict)
+        dtypes = {pid: state["window"].dtype for pid, state in state_dict["state"].items() if "window" in state}
+        for pid, p, _ in pairs(state_dict["param_groups"], self.param_groups):
+            if pid in dtypes and dtypes[pid] != self.state[p]["window"].dtype:
+                self._recast.add(p)
+
+    def _follow(self, p: Tensor, group: Group) -> None:
+        before = self.state[p]["window"].dtype if self.state.get(p) else None
+        super()._follow(p, group)
+        if before is not None and before != self.state[p]["window"].dtype:
+            self._recast.add(p)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Preconditioned, list[Tensor]]]:
         """Yield what shares a window: with it, what has no gradient now and is in the window still."""
@@ -187,11 +230,19 @@ class MFAC(RuleOptimizer):
         else:
             shared = [[p for p in group["params"] if self.state.get(p)]] if present else []
         for params in shared:
+            for p in params:
+                self._follow(p, group)
             rules = [self._rule(group, p) for p in params]
             for rule, p in zip(rules, params, strict=True):
                 self._check_kept(rule, [p])
+            states = [self.state[p] for p in params]
+            _check_led(states, group)
             absent = frozenset(i for i, p in enumerate(params) if p.grad is None)
-            yield Preconditioned(tuple(rule.members[0] for rule in rules), rules[0].gap, absent), params
+            joint = Preconditioned(tuple(rule.members[0] for rule in rules), rules[0].gap, absent)
+            if self._recast.intersection(params):
+                joint.rebuild_(states, int(leader(states)["window_step"]))
+                self._recast.difference_update(params)
+            yield joint, params
 
     def _gradient(self, p: Tensor, group: Group) -> Tensor:
         if p.grad is None:
@@ -202,3 +253,18 @@ class MFAC(RuleOptimizer):
 
     def _decay(self, group: Group) -> float:
         return super()._decay(group) if group["decoupled_weight_decay"] else 0.0
+
+    def __setstate__(self, state: StateDict) -> None:
+        self._loading, self._recast = {}, set()
+        super().__setstate__(state)
+
+
+def _check_led(states: Sequence[State], group: Group) -> None:
+    """Raise ValueError unless one parameter keeps what a window shares, of a group or of each parameter."""
+    leaders, windows = sum("gram" in state for state in states), len(states) if group["scope"] == "parameter" else 1
+    if leaders != windows:
+        raise ValueError(
+            f"MFAC: {leaders} of the {len(states)} parameters of a group keep what a window shares, and with scope="
+            f"{group['scope']!r} there is a window for {'each' if windows > 1 else 'all of them'}: the scope, or which "
+            "parameters are in a group, has changed since the state was made"
+        )

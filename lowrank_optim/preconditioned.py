@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim import windows
 from lowrank_optim._types import Move, NewState, State, Storage, Tick, Update
 from lowrank_optim._warn import warn_once
-from lowrank_optim.gram import Ring
+from lowrank_optim.gram import Ring, needs_float64
 from lowrank_optim.views import View
 
 _MOMENTUM = "momentum_buffer"
@@ -23,8 +23,8 @@ class Member:
     """How one parameter takes part in a window.
 
     State: `window`, `num_grads` times what is seen of it; with momentum, one moment of that shape. One parameter of
-    those that share a window leads it: `gram` and `gram_inverse`, and how many gradients have come (`window_step`) and
-    been refused (`window_refused`), int64 on the CPU.
+    those that share a window leads it: `gram` and `gram_inverse`, how many gradients have come (`window_step`) and been
+    refused (`window_refused`), and whether to compute in float64 (`window_careful`), int64 on the CPU.
 
     Args:
         ring: the m×m side.
@@ -50,7 +50,8 @@ class Member:
             state |= self.storage.init(_MOMENTUM, seen, new)
         if self.leads:
             state |= {name: new((count, count), torch.float64) for name in ("gram", "gram_inverse")}
-            state |= {name: new((), torch.int64, host=True) for name in ("window_step", "window_refused")}
+            counts = ("window_step", "window_refused", "window_careful")
+            state |= {name: new((), torch.int64, host=True) for name in counts}
         return state
 
     def averaged(self, state: State, update: Tensor, seed: int) -> Tensor:
@@ -97,9 +98,9 @@ class Preconditioned:
 
         All of it at once would be as much new memory as there are parameters, and as slow as that is to touch.
         """
-        lead = next(state for state in states if "gram" in state)
+        lead = leader(states)
         size = windows.largest(grads)
-        if not windows.fits(size):
+        if not windows.fits(size, lead["window"].dtype):
             warn_once(windows.REFUSED)
             lead["window_refused"] += 1
             yield from [None] * len(grads)
@@ -108,8 +109,7 @@ class Preconditioned:
         first = [i for i, tick in enumerate(ticks) if tick.step == 1 and i not in self.absent]
         idle = self.absent.union(i for i in first if self.members[i].view.blind(grads[i]))
         self._turn_(lead, grads, states, ticks, pushed, idle)
-        weights = self._push_(lead, grads, states, pushed, size)
-        dtype = _dtype(states, grads[0])
+        dtype, weights = self._push_(lead, grads, states, pushed, size)
         lead["window_step"] += 1
         for i, (member, grad, state, tick) in enumerate(zip(self.members, grads, states, ticks, strict=True)):
             yield None if i in idle else _update(member, grad, state, tick, weights, dtype)
@@ -118,19 +118,53 @@ class Preconditioned:
         """Count a gradient, what is seen of it, an update and a weight."""
         return 4 * math.prod(shape)
 
-    def _push_(self, lead: State, grads: list[Tensor], states: list[State], pushed: int, size: float) -> Tensor:
-        """Replace the oldest gradient; return the weights that make F⁻¹g of the window, (1, m, 1)."""
-        ring = self.members[0].ring
-        slot, dtype = ring.slot(pushed), _dtype(states, grads[0])
-        seen = []
+    def rebuild_(self, states: list[State], pushed: int) -> None:
+        """Make what is shared anew from the windows after so many gradients, in float64."""
+        lead = leader(states)
+        lead["gram"].zero_()
+        for state in states:
+            lead["gram"] += windows.gram(_rows(state), lead["gram"].device)[0]
+        self.members[0].ring.refactor_(*_sides(lead), pushed)
+
+    def _push_(
+        self, lead: State, grads: list[Tensor], states: list[State], pushed: int, size: float
+    ) -> tuple[torch.dtype, Tensor]:
+        """Replace the oldest gradient; return the weights that make F⁻¹g of the window, (1, m, 1), and in what to.
+
+        In float32 as long as that will do. A window whose rows nearly depend on each other, and one of very large or
+        small numbers, is computed with in float64 until it has turned over.
+        """
+        ring, careful = self.members[0].ring, lead["window_careful"]
+        slot = ring.slot(pushed)
+        if slot == 0:
+            # large ones may be in it still
+            careful.fill_(pushed > 0 and not windows.in_range(float(lead["gram"].diagonal().amax().sqrt())))
+        if not windows.in_range(size) or _is_small(states):
+            careful.fill_(1)
+        wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+        row = self._row_(grads, states, slot, torch.float64 if careful else wide).to(lead["gram"].device)
+        ring.push_(*_sides(lead), row, pushed)
+        weights = self._weights(lead, pushed)
+        if wide == torch.float32 and not careful and needs_float64(lead["gram"].unsqueeze(0), weights):
+            careful.fill_(1)
+            # products that are float32 will not do either
+            self.rebuild_(states, pushed + 1)
+            weights = self._weights(lead, pushed)
+        return torch.float64 if careful else wide, weights
+
+    def _row_(self, grads: list[Tensor], states: list[State], slot: int, dtype: torch.dtype) -> Tensor:
+        """Let a gradient into the window; return its products with all rows, (1, m)."""
+        found = torch.zeros(1, 1, dtype=torch.float64, device=grads[0].device)
         for member, grad, state in zip(self.members, grads, states, strict=True):
             # products are of what is stored
             stored = state["window"][slot].copy_(member.view.see(state, grad))
-            seen.append(stored.to(dtype).view(1, -1, 1))
-        row = windows.new_row([_rows(state) for state in states], seen, size)
-        gram, inverse = lead["gram"].unsqueeze(0), lead["gram_inverse"].unsqueeze(0)
-        ring.push_(gram, inverse, row.to(gram.device), pushed)
-        return ring.divide(pushed + 1) * inverse[:, :, slot, None]
+            part = windows.products(_rows(state), stored.to(dtype).view(1, -1, 1))
+            found = found + part.squeeze(2).to(found.device)
+        return found
+
+    def _weights(self, lead: State, pushed: int) -> Tensor:
+        ring = self.members[0].ring
+        return ring.divide(pushed + 1) * lead["gram_inverse"][None, :, ring.slot(pushed), None]
 
     def _turn_(
         self,
@@ -153,17 +187,22 @@ class Preconditioned:
                 member.move_(state, move, grad.dtype, tick.seed)
                 moved = True
         if moved:
-            lead["gram"].zero_()
-            for state in states:
-                lead["gram"] += windows.gram(_rows(state), lead["gram"].device)[0]
-            self.members[0].ring.refactor_(lead["gram"].unsqueeze(0), lead["gram_inverse"].unsqueeze(0), pushed)
+            self.rebuild_(states, pushed)
 
 
-def _dtype(states: list[State], like: Tensor) -> torch.dtype:
-    """Return in what to compute with a window: float64 where it has so few columns that its rows may cancel."""
+def leader(states: list[State]) -> State:
+    """Return the state that keeps what the others share."""
+    return next(state for state in states if "gram" in state)
+
+
+def _sides(lead: State) -> tuple[Tensor, Tensor]:
+    return lead["gram"].unsqueeze(0), lead["gram_inverse"].unsqueeze(0)
+
+
+def _is_small(states: list[State]) -> bool:
+    """Say whether a window has so few columns that float64 costs nothing and its rows may depend on each other."""
     rows = states[0]["window"].size(0)
-    columns = sum(state["window"].numel() for state in states) // rows
-    return torch.float64 if columns < _SQUARE * rows else like.dtype
+    return sum(state["window"].numel() for state in states) < _SQUARE * rows**2
 
 
 def _update(member: Member, grad: Tensor, state: State, tick: Tick, weights: Tensor, dtype: torch.dtype) -> Update:

@@ -16,16 +16,16 @@ from lowrank_optim import ops
 # of a window and of an operand beside it: which blocks, which columns
 Part = tuple[slice, slice]
 
-# between these, sums of the squares of numbers are float32; and beyond this they are not even float64
-_SMALL, _LARGE, _HUGE = 1e-12, 1e12, 1e140
-# weights between it and its inverse are float32, and so are gradients times them
-_TINY = 1e-25
+# gradients as large as that are refused, where the window is float64 and where it is not
+_HUGE, _LARGE = 1e140, 1e30
+# numbers up to it, and as small as its inverse, have squares whose sums are float32
+_SQUARABLE = 1e12
 # numbers whose sum is made in float32 at once
 _SUMMED = 1 << 18
 
 REFUSED = (
-    "a gradient held NaN, Inf or numbers whose squares are infinite: it has not entered the window of M-FAC, and what "
-    "it would have updated stays as it is (said once)"
+    "a gradient held NaN, Inf or numbers above 1e30: it has not entered the window of M-FAC, and what it would have "
+    "updated stays as it is (said once)"
 )
 
 
@@ -62,26 +62,17 @@ class Blocks:
 def largest(grads: Sequence[Tensor]) -> float:
     """Return the largest magnitude; NaN where there is one. The host waits to know."""
     extremes = [torch.stack(torch.aminmax(grad)).abs().amax() for grad in grads if grad.numel()]
-    return float(torch.stack([size.to(extremes[0].device) for size in extremes]).amax()) if extremes else 0.0
+    return float(torch.stack([size.to(extremes[0]) for size in extremes]).amax()) if extremes else 0.0
 
 
-def fits(size: float) -> bool:
-    """Say whether a gradient whose largest magnitude this is has squares that are finite."""
-    return size < _HUGE
+def fits(size: float, dtype: torch.dtype) -> bool:
+    """Say whether a gradient whose largest magnitude this is can be kept in `dtype`, and its products in float64."""
+    return size < (_HUGE if dtype == torch.float64 else _LARGE)
 
 
-def new_row(windows: Sequence[Tensor], grads: Sequence[Tensor], size: float) -> Tensor:
-    """Return the products of a gradient that has just entered a window with each of its rows, (b, m) in float64.
-
-    Gradient and window may be in pieces, (b, n, 1) and (b, m, n) each, whose products add up. `size` is its largest
-    magnitude, which is taken out where squares would leave the range of float32.
-    """
-    scale = 1.0 if size == 0 or _SMALL < size < _LARGE else size
-    found = torch.zeros(1, 1, dtype=torch.float64, device=grads[0].device)
-    for window, grad in zip(windows, grads, strict=True):
-        part = products(window, grad if scale == 1 else grad / scale)[:, :, 0]
-        found = found + part.mul_(scale).to(found.device)
-    return found
+def in_range(size: float) -> bool:
+    """Say whether products of numbers of this size, and sums of them, are float32."""
+    return size == 0 or 1 / _SQUARABLE < size < _SQUARABLE
 
 
 def products(window: Tensor, x: Tensor) -> Tensor:
@@ -90,50 +81,35 @@ def products(window: Tensor, x: Tensor) -> Tensor:
     In float32 the sums of parts of at most 2¹⁸ numbers are added in float64.
     """
     found = torch.zeros(*window.shape[:2], x.size(2), dtype=torch.float64, device=x.device)
-    for part in _parts(window, x):
-        blocks, _ = part
-        found[blocks] += _times(_read(window, part, x), x[part])
+    for part, rows in _read(window, x):
+        if rows.size(0) == 1 and x.size(2) == 1:
+            # as a batch of one it is half as fast
+            found[part[0]] += torch.mv(rows[0], x[part][0, :, 0]).view(1, -1, 1)
+        else:
+            found[part[0]] += rows @ x[part]
     return found
 
 
 def combination(window: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Gᵀ w for each block, (b, n, p) in `dtype`, where the weights are (b, m, p) in float64."""
+    """Return Gᵀ w for each block, (b, n, p) in `dtype`, where the weights are (b, m, p)."""
     b, _, n = window.shape
     found = torch.empty(b, n, weights.size(2), dtype=dtype, device=weights.device)
-    small, scale = _scaled(weights, dtype)
-    for part in _parts(window, found):
-        blocks, _ = part
-        rows = _read(window, part, found)
-        if rows.size(0) == 1 and small.size(2) == 1:
-            torch.mv(rows[0].mT, small[blocks][0, :, 0], out=found[part][0, :, 0])
+    weights = weights.to(dtype)
+    for part, rows in _read(window, found):
+        if rows.size(0) == 1 and weights.size(2) == 1:
+            torch.mv(rows[0].mT, weights[part[0]][0, :, 0], out=found[part][0, :, 0])
         else:
-            found[part] = rows.mT @ small[blocks]
-        if scale is not None:
-            found[part].mul_(scale[blocks])
+            found[part] = rows.mT @ weights[part[0]]
     return found
 
 
-def _scaled(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return weights of another dtype, and what their sums are to be multiplied with.
-
-    Weights are as small as gradients are large, squared: the root of their size is taken out, so that the products and
-    the sums are as large as gradients times that root. On a CPU the host sees where that is not needed.
-    """
-    size = weights.abs().amax(1, keepdim=True)
-    if weights.device.type == "cpu" and bool(((size > _TINY) & (size < 1 / _TINY) | (size == 0)).all()):
-        return weights.to(dtype), None
-    half = torch.where(size > 0, size, 1).sqrt_()
-    return (weights / half).to(dtype), half.to(dtype)
-
-
-def gram(window: Tensor, device: torch.device) -> Tensor:
-    """Return G Gᵀ for each block, (b, m, m) in float64."""
+def gram(window: Tensor, device: torch.device, among: Tensor | None = None) -> Tensor:
+    """Return G Gᵀ for each block, (b, m, m) in float64; with `among`, bool (b, n, 1), of those columns only."""
     b, m, _ = window.shape
     found = torch.zeros(b, m, m, dtype=torch.float64, device=device)
-    for part in _parts(window, found):
-        blocks, _ = part
-        rows = _read(window, part, found)
-        found[blocks] += rows @ rows.mT
+    for part, rows in _read(window, found):
+        some = rows if among is None else rows * among[part].mT
+        found[part[0]] += some @ rows.mT
     return found
 
 
@@ -141,31 +117,30 @@ def squares(window: Tensor, root: Tensor) -> Tensor:
     """Return the sums of squares of the columns of R G, (b, n) in float64, where R is (b, m, m)."""
     b, _, n = window.shape
     found = torch.empty(b, n, dtype=torch.float64, device=root.device)
-    for part in _parts(window, root):
-        blocks, _ = part
-        found[part] = (root[blocks] @ _read(window, part, root)).square_().sum(1)
+    for part, rows in _read(window, root):
+        found[part] = (root[part[0]] @ rows).square_().sum(1)
     return found
 
 
 def transformed(window: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
     """Return R G for each block, (b, m, n), computed in float64 and kept in `dtype`."""
     found = torch.empty(window.shape, dtype=dtype, device=root.device)
-    for part in _parts(window, root):
+    for part, rows in _read(window, root):
         blocks, columns = part
-        found[blocks, :, columns] = root[blocks] @ _read(window, part, root)
+        found[blocks, :, columns] = root[blocks] @ rows
     return found
 
 
-def _times(rows: Tensor, x: Tensor) -> Tensor:
-    if rows.size(0) == 1 and x.size(2) == 1:
-        # as a batch of one it is half as fast
-        return torch.mv(rows[0], x[0, :, 0]).view(1, -1, 1)
-    return rows @ x
-
-
-def _read(window: Tensor, part: Part, like: Tensor) -> Tensor:
-    blocks, columns = part
-    return window[blocks, :, columns].to(like.device, like.dtype)
+def _read(window: Tensor, like: Tensor) -> Iterator[tuple[Part, Tensor]]:
+    """Yield parts of the window in the dtype and on the device of `like`; each is scratch when the next one comes."""
+    scratch = None
+    if window.dtype != like.dtype or window.device != like.device:
+        # one memory for all: new memory for each is as slow to touch as it is to convert
+        parts = [(stop.stop - stop.start) * (end.stop - end.start) for stop, end in _parts(window, like)]
+        scratch = torch.empty(max(parts, default=0) * window.size(1), dtype=like.dtype, device=like.device)
+    for blocks, columns in _parts(window, like):
+        rows = window[blocks, :, columns]
+        yield (blocks, columns), rows if scratch is None else scratch[: rows.numel()].view(rows.shape).copy_(rows)
 
 
 def _parts(window: Tensor, like: Tensor) -> Iterator[Part]:
@@ -177,4 +152,4 @@ def _parts(window: Tensor, like: Tensor) -> Iterator[Part]:
     height = max(1, room // (m * max(1, n)))
     for block in range(0, b, height):
         for column in range(0, n, width):
-            yield slice(block, block + height), slice(column, column + width)
+            yield slice(block, min(b, block + height)), slice(column, min(n, column + width))

@@ -52,7 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gram": set(),
     "views": NOUNS,
     "preconditioned": NOUNS | {"windows", "gram", "views"},
-    "fisher": NOUNS | {"windows", "gram", "room"},
+    "fisher_static": NOUNS | {"windows"},
+    "fisher": NOUNS | {"windows", "gram", "room", "fisher_static"},
+    "masks": NOUNS,
+    "pruning": NOUNS | {"fisher", "masks"},
     "coefficients": {"_types"},
     "orthogonal": PARTS | {"coefficients"},
     "distributed": {"_types"},
@@ -78,7 +81,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {"probes"},
     "__init__": {
         *("galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"),
-        *("mfac", "fisher", "orthogonal", "coefficients", "memory", "ops", "params", "allocation", "diagnostics"),
+        *(
+            "mfac",
+            "fisher",
+            "fisher_static",
+            "masks",
+            "pruning",
+            "orthogonal",
+            "coefficients",
+            "memory",
+            "ops",
+            "params",
+            "allocation",
+            "diagnostics",
+        ),
     },
 }
 

@@ -467,7 +467,7 @@ def test_state_is_eager_and_of_tensors_only(way):
     assert all(isinstance(v, torch.Tensor) for s in opt.state.values() for v in s.values())
     names = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_avg_sq", "column_step", "error", "update_norm"}
     names |= {"basis", "basis_index", "basis_seed", "basis_due"}
-    names |= {"window", "window_index", "window_step", "window_refused", "gram", "gram_inverse"}
+    names |= {"window", "window_index", "window_step", "window_refused", "window_careful", "gram", "gram_inverse"}
     assert {name.removesuffix("_scale") for s in opt.state.values() for name in s} <= names
     plain = (int, float, str, bool, tuple, list, type(None))
     assert all(isinstance(v, plain) for g in opt.state_dict()["param_groups"] for v in g.values())
