@@ -13,6 +13,8 @@ from lowrank_optim.fisher_static import StaticInverseFisher as StaticInverseFish
 from lowrank_optim.galore import GaLoreAdamW as GaLoreAdamW
 from lowrank_optim.ldadam import LDAdamW as LDAdamW
 from lowrank_optim.lowrank_muon import LowRankMuon as LowRankMuon
+from lowrank_optim.masks import Masks as Masks
+from lowrank_optim.masks import sparsity_schedule as sparsity_schedule
 from lowrank_optim.memory import MemoryMeter as MemoryMeter
 from lowrank_optim.memory import StateBytes as StateBytes
 from lowrank_optim.memory import adamw_state_bytes as adamw_state_bytes
@@ -23,6 +25,9 @@ from lowrank_optim.ops import backend as backend
 from lowrank_optim.orthogonal import orthogonalize as orthogonalize
 from lowrank_optim.params import ParamGroups as ParamGroups
 from lowrank_optim.params import param_groups as param_groups
+from lowrank_optim.pruning import OBSPruner as OBSPruner
+from lowrank_optim.pruning import obs_prune as obs_prune
+from lowrank_optim.pruning import obs_scores as obs_scores
 from lowrank_optim.steepest import SteepestDescent as SteepestDescent
 from lowrank_optim.trion import Trion as Trion
 

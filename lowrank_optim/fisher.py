@@ -127,8 +127,10 @@ class InverseFisher:
             self.num_rejected += 1
             return False
         self._window[:, slot] = stored.squeeze(2)
-        # in float64, because what is orthogonal to the window in `solve` is what is left of a difference
-        row = windows.products(self._window, stored.double()).squeeze(2)
+        # in float64, because what is orthogonal to the window in `solve` is what is left of a difference; as far as
+        # it is filled
+        row, end = torch.zeros_like(self._gram[:, 0]), min(self.num_pushed + 1, self._window.size(1))
+        row[:, :end] = windows.products(self._window[:, :end], stored.double()).squeeze(2)
         self._ring.push_(self._gram, self._inverse, row, self.num_pushed)
         self.num_pushed += 1
         return True

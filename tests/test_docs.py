@@ -13,8 +13,19 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = [name for name in vars(lowrank_optim) if not name.startswith("_")]
 
 
-CLASSES = ["galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest"]
-MODULES = [*CLASSES, "orthogonal", "coefficients", "memory", "params", "allocation", "diagnostics"]
+CLASSES = ["galore", "dct", "apollo", "fira", "ldadam", "muon", "lowrank_muon", "trion", "auon", "steepest", "mfac"]
+MODULES = [
+    *CLASSES,
+    "orthogonal",
+    "coefficients",
+    "memory",
+    "params",
+    "allocation",
+    "diagnostics",
+    "fisher",
+    "masks",
+    "pruning",
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -24,7 +35,9 @@ def test_the_examples_of_docstrings_run(module):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/muon.md", "docs/projected.md", "docs/ranks.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/muon.md", "docs/projected.md", "docs/ranks.md", "docs/mfac.md", "docs/pruning.md"]
+)
 def test_the_code_of_the_documents_runs(document, capsys):
     names: dict[str, object] = {}
     blocks = (ROOT / document).read_text().split("```python\n")[1:]

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 import lowrank_optim
 from lowrank_optim import (
+    MFAC,
     APOLLOAdamW,
     AuON,
     DCTAdamW,
@@ -52,6 +53,8 @@ BASE: dict[type[RuleOptimizer], dict[str, Any]] = {
     Trion: {"rank": 2},
     AuON: {"ns_steps": 3, "fallback_lr": None},
     SteepestDescent: {},
+    # a window that is full within the run, and coordinates that are found again
+    MFAC: {"num_grads": 4, "damping": 0.1, "rank": 2, "update_proj_gap": 3, "weight_decay": 0.2},
 }
 _ADAM = {"lr": 0.05, "betas": [0.5, 0.9], "eps": 1e-3, "weight_decay": 0.3, "state_dtype": "int4", "maximize": True}
 _PROJECTED = {"rank": 3, "proj_type": "reverse_std"}
@@ -150,6 +153,24 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
         "normalize": False,
     },
     SteepestDescent: {**_MATRICES, **_ITERATION, "nesterov": False, "ns_coefficients": "jordan", "norm": "column"},
+    MFAC: {
+        "lr": 0.05,
+        "weight_decay": 0.3,
+        "momentum": 0.5,
+        "maximize": True,
+        "num_grads": 2,
+        "damping": 1.0,
+        "relative_damping": True,
+        "divisor": "count",
+        "scope": "parameter",
+        "decoupled_weight_decay": True,
+        "sparse": True,
+        "rank": 3,
+        "update_proj_gap": 2,
+        "basis": "identity",
+        "proj_type": "reverse_std",
+        "state_dtype": "bfloat16",
+    },
 }
 
 
@@ -180,6 +201,8 @@ def test_every_number_can_be_given_to_one_group(kind: type[RuleOptimizer], key: 
     if key == "error_feedback" and "residual" in base:
         # one or the other
         override["residual"] = None
+    if key == "sparse":
+        override["rank"] = None
     shapes = [(12, 8), (8, 3, 2), (6,)]
 
     def trained(groups: Callable[[list[nn.Parameter]], list[dict[str, Any]]], **options: Any) -> list[nn.Parameter]:

@@ -29,6 +29,8 @@ CLASSES = {
     "trion": "Trion",
     "auon": "AuON",
     "steepest_descent": "SteepestDescent",
+    "mfac": "MFAC",
+    "lowrank_mfac": "MFAC",
 }
 PROJECTED = ("galore_adamw", "dct_adamw", "apollo_adamw", "fira_adamw", "ldadamw")
 # a value of each of their options that is nobody's default

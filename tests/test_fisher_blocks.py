@@ -144,6 +144,120 @@ def test_the_static_form_of_a_short_window_is_as_precise(block_size: int | None,
         assert relative(found, expected.diagonal(1)) < 1e-6
 
 
+# --- what the others make up for
+
+
+def dense_compensation(fisher_matrix: Tensor, change: Tensor, free: Tensor) -> Tensor:
+    """Return −F_QQ⁻¹ F_QP δ_P at the free, Q, and zero at the others, P."""
+    result = torch.zeros_like(change)
+    given = fisher_matrix[free][:, ~free] @ change[~free]
+    result[free] = -torch.linalg.solve(fisher_matrix[free][:, free], given)
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 14),
+    num_grads=st.integers(1, 16),
+    turns=st.floats(0, 2.5),
+    damping=st.sampled_from([0.01, 1.0]),
+    divisor=st.sampled_from(DIVISORS),
+    block_size=st.none() | st.integers(1, 16),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_the_free_compensate_as_in_the_dense_matrix(
+    size: int,
+    num_grads: int,
+    turns: float,
+    damping: float,
+    divisor: str,
+    block_size: int | None,
+    share: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    gradients, change = draw(round(turns * num_grads), size, seed=seed), draw(size, seed=seed + 1)
+    free = draw(size, seed=seed + 2).argsort() < round(share * size)
+    options: dict[str, Any] = {"num_grads": num_grads, "damping": damping, "divisor": divisor, "block_size": block_size}
+    fisher = filled(gradients, dtype=dtype, **options)
+    # of the stored rows, whatever their dtype
+    rows = gradients[-num_grads:].to(dtype).double().numpy()
+    n = max(1, len(rows)) if divisor == "count" else num_grads
+    whole = torch.from_numpy(oracle.matrix(rows, damping, n, block_size))
+    found, expected = fisher.compensate(change, free), dense_compensation(whole, change, free)
+    assert found.dtype == torch.float64
+    assert found.shape == (size,)
+    assert (found[~free] == 0).all()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    # no other change of the free makes ½δᵀFδ less: F says nothing of them
+    both = torch.where(free, found, change)
+    torch.testing.assert_close(
+        (whole @ both)[free], torch.zeros(int(free.sum()), dtype=torch.float64), atol=1e-9, rtol=0
+    )
+
+
+def test_compensation_keeps_its_digits_where_the_damping_is_tiny() -> None:
+    # the same numbers in both: where one of them changes the other takes it back, to within the damping
+    gradients = draw(6, 10).repeat(1, 2)
+    fisher = filled(gradients, num_grads=6, damping=1e-13)
+    free = torch.arange(20) >= 10
+    found = fisher.compensate(draw(20, seed=1), free)
+    torch.testing.assert_close(gradients @ torch.where(free, found, draw(20, seed=1)), torch.zeros(6).double())
+
+
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_only_the_change_of_what_is_not_free_is_read(block_size: int | None) -> None:
+    fisher = filled(draw(7, 12), num_grads=5, damping=0.1, block_size=block_size)
+    change, free = draw(12, seed=1), draw(12, seed=2) > 0
+    before, kept = change.clone(), free.clone()
+    found = fisher.compensate(change, free)
+    assert torch.equal(change, before)
+    assert torch.equal(free, kept)
+    assert torch.equal(fisher.compensate(change.masked_fill(free, torch.nan), free), found)
+    assert torch.equal(
+        fisher.compensate(change.float().requires_grad_(), free), fisher.compensate(change.float(), free)
+    )
+    assert not fisher.compensate(change.requires_grad_(), free).requires_grad
+
+
+@pytest.mark.parametrize("count", [0, 3, 7])
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_where_all_or_none_are_free_nothing_changes(block_size: int | None, count: int) -> None:
+    fisher = filled(draw(7, 12)[:count], num_grads=5, damping=0.1, block_size=block_size)
+    for free in (torch.ones(12, dtype=torch.bool), torch.zeros(12, dtype=torch.bool)):
+        assert torch.equal(fisher.compensate(draw(12, seed=1), free), torch.zeros(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_an_offloaded_window_compensates_alike(block_size: int | None, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"num_grads": 6, "damping": 1e-3, "block_size": block_size, "dtype": dtype}
+    change, free = draw(24, seed=1), draw(24, seed=2) > 0
+    one, other = (filled(draw(9, 24), offload=offload, **options) for offload in (False, True))
+    assert torch.equal(one.compensate(change, free), other.compensate(change, free))
+
+
+def test_what_cannot_be_compensated_is_refused() -> None:
+    fisher = filled(draw(3, 5), num_grads=2, damping=0.1)
+    for free in (
+        torch.ones(4, dtype=torch.bool),
+        torch.ones(1, 5, dtype=torch.bool),
+        torch.ones(5),
+        torch.ones(5).int(),
+    ):
+        with pytest.raises(ValueError, match=r"Invalid free: torch\.\w+ of shape .*, must be torch\.bool, \(5,\)"):
+            fisher.compensate(torch.ones(5), free)
+
+
+def test_a_change_of_another_shape_is_refused() -> None:
+    fisher = filled(draw(3, 5), num_grads=2, damping=0.1)
+    for change in (torch.ones(4), torch.ones(6), torch.ones(1), torch.ones(2, 5), torch.ones(())):
+        with pytest.raises(ValueError, match="5"):
+            fisher.compensate(change, torch.ones(5, dtype=torch.bool))
+
+
 # --- what goes in and comes out
 
 
