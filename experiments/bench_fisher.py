@@ -148,6 +148,8 @@ def _fisher(size: Size, device: str) -> tuple[InverseFisher, Tensor]:
     generator = torch.Generator(device).manual_seed(2)
     state = fisher.state_dict()
     state["gram"].copy_(products(written(state["window"][0], generator))[None])
+    # a window that is not full is read as far as it is
+    fisher.num_pushed = size.num_grads
     grad = SCALE * torch.randn(size.work.numel, generator=generator, device=device)
     fisher.push(grad)
     return fisher, grad

@@ -153,10 +153,9 @@ class InverseFisher:
         """
         if not self.num_pushed:
             raise RuntimeError("no gradient has been pushed, so there is no newest one")
-        slot = self._ring.slot(self.num_pushed - 1)
-        weights = self._ring.divide(self.num_pushed) * self._inverse[:, :, slot]
-        dtype = torch.float64 if needs_float64(self._gram, weights.unsqueeze(2)) else compute_dtype(self._window.dtype)
-        found = windows.combination(self._window, weights.unsqueeze(2), dtype)
+        weights = self._ring.weights(self._gram, self._inverse, self.num_pushed - 1)
+        dtype = torch.float64 if needs_float64(self._gram, weights) else compute_dtype(self._window.dtype)
+        found = windows.combination(self._window, weights, dtype)
         return self._blocks.join(found).squeeze(0).to(compute_dtype(self._window.dtype))
 
     @torch.no_grad()

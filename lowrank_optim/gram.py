@@ -11,6 +11,8 @@ DIVISORS = get_args(Divisor)
 
 # how far from one a matrix times its inverse may be, so that there is nothing left of it when it is refined
 _LEFT = 1e-8
+# what may be left over of a column when it is used, and the least eigenvalue of a unit diagonal where it is more
+_SOLVED, _RANK = 1e-4, 1e-10
 # the least damping that a relative one comes to
 _LEAST = 1e-290
 # how much larger than their sum the terms of a combination may be for float32
@@ -69,9 +71,31 @@ class Ring:
         followed = not changes and slot > 0 and _replaced_(inverse, gram, slot, row, shift)
         if not followed:
             self.refactor_(gram, inverse, pushed + 1)
-        column = _refined(gram, inverse, slot, shift)
+        self.refine_(gram, inverse, pushed)
+
+    def refine_(self, gram: Tensor, inverse: Tensor, pushed: int) -> None:
+        """Make the column of the row that has come after so many others as good as it can be."""
+        slot, shift = self.slot(pushed), self.shift(gram, pushed + 1)
+        column = inverse[:, :, slot]
+        column = column + torch.matmul(inverse, _left(gram, column, slot, shift).unsqueeze(2)).squeeze(2)
+        # as large as A itself is there
+        sizes = (gram.diagonal(dim1=1, dim2=2) + shift).sqrt()
+        left = _left(gram, column, slot, shift) * sizes[:, slot, None] / sizes
+        if not bool((left.norm(dim=1) <= _SOLVED).all()):
+            column = _bounded(gram, slot, shift)
         inverse[:, slot, :] = column
         inverse[:, :, slot] = column
+
+    def weights(self, gram: Tensor, inverse: Tensor, pushed: int) -> Tensor:
+        """Return c K e_j, (b, m, 1), for the row that has come after so many others.
+
+        ‖F⁻¹g‖ is at most √(c/λ)/2 for a row g, and what rounding has made more than twice that is made shorter.
+        """
+        count = self.divide(pushed + 1)
+        found = count * inverse[:, :, self.slot(pushed), None]
+        length = (found * (gram @ found)).sum((1, 2)).clamp_(min=0).sqrt_()
+        most = (count / self.damp(gram, pushed + 1)[:, 0]).sqrt()
+        return found * (most / length.clamp(min=1e-300)).clamp_(max=1)[:, None, None]
 
     def shift(self, gram: Tensor, pushed: int) -> Tensor:
         """Return c λ of each block, (b, 1)."""
@@ -99,21 +123,26 @@ def _replaced_(inverse: Tensor, gram: Tensor, slot: int, row: Tensor, shift: Ten
     rest = row[:, slot] + shift[:, 0] - torch.linalg.vecdot(border, row)
     border[:, slot] = -1
     inverse.baddbmm_(border.unsqueeze(2), (border / rest[:, None]).unsqueeze(1))
-    return bool((_left(gram, inverse, slot, shift).norm(dim=1) <= _LEFT).all())
+    return bool((_left(gram, inverse[:, :, slot], slot, shift).norm(dim=1) <= _LEFT).all())
 
 
-def _left(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor) -> Tensor:
+def _left(gram: Tensor, column: Tensor, slot: int, shift: Tensor) -> Tensor:
     """Return what a column of the inverse leaves over of the column of the identity that it is to make."""
-    column = inverse[:, :, slot]
     left = torch.matmul(gram, column.unsqueeze(2)).squeeze(2).add_(shift * column).neg_()
     left[:, slot] += 1
     return left
 
 
-def _refined(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor) -> Tensor:
-    """Return a column of the inverse, with what it leaves over put right once."""
-    left = _left(gram, inverse, slot, shift)
-    return inverse[:, :, slot] + torch.matmul(inverse, left.unsqueeze(2)).squeeze(2)
+def _bounded(gram: Tensor, slot: int, shift: Tensor) -> Tensor:
+    """Return a column of the inverse of a matrix that float64 cannot tell from a singular one.
+
+    With unit diagonal, and no eigenvalue below what float64 can tell from zero.
+    """
+    whole = _shifted(gram, shift)
+    scale = whole.diagonal(dim1=1, dim2=2).rsqrt()
+    values, vectors = torch.linalg.eigh(whole * scale[:, :, None] * scale[:, None, :])
+    parts = vectors[:, slot, :] / values.clamp_(min=_RANK)
+    return torch.matmul(vectors, parts.unsqueeze(2)).squeeze(2) * scale * scale[:, slot, None]
 
 
 def solved(gram: Tensor, shift: Tensor, y: Tensor) -> Tensor:

@@ -215,6 +215,10 @@ class MFAC(RuleOptimizer):
         for pid, p, _ in pairs(state_dict["param_groups"], self.param_groups):
             if pid in dtypes and dtypes[pid] != self.state[p]["window"].dtype:
                 self._recast.add(p)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for params in self._shared(group, [p for p in group["params"] if self.state.get(p)]):
+                    self._rebuild(group, params)
 
     def _follow(self, p: Tensor, group: Group) -> None:
         before = self.state[p]["window"].dtype if self.state.get(p) else None
@@ -224,25 +228,31 @@ class MFAC(RuleOptimizer):
 
     def _chunks(self, group: Group) -> Iterator[tuple[Preconditioned, list[Tensor]]]:
         """Yield what shares a window: with it, what has no gradient now and is in the window still."""
-        present = list(self._present(group))
-        if group["scope"] == "parameter":
-            shared = [[p] for p in present]
-        else:
-            shared = [[p for p in group["params"] if self.state.get(p)]] if present else []
-        for params in shared:
+        for params in self._shared(group, list(self._present(group))):
             for p in params:
                 self._follow(p, group)
             rules = [self._rule(group, p) for p in params]
             for rule, p in zip(rules, params, strict=True):
                 self._check_kept(rule, [p])
-            states = [self.state[p] for p in params]
-            _check_led(states, group)
+            _check_led([self.state[p] for p in params], group)
+            self._rebuild(group, params)
             absent = frozenset(i for i, p in enumerate(params) if p.grad is None)
-            joint = Preconditioned(tuple(rule.members[0] for rule in rules), rules[0].gap, absent)
-            if self._recast.intersection(params):
-                joint.rebuild_(states, int(leader(states)["window_step"]))
-                self._recast.difference_update(params)
-            yield joint, params
+            yield Preconditioned(tuple(rule.members[0] for rule in rules), rules[0].gap, absent), params
+
+    def _shared(self, group: Group, present: list[Tensor]) -> list[list[Tensor]]:
+        """Return the parameters that share a window with these, window by window."""
+        if group["scope"] == "parameter":
+            return [[p] for p in present]
+        return [[p for p in group["params"] if self.state.get(p)]] if present else []
+
+    def _rebuild(self, group: Group, params: list[Tensor]) -> None:
+        """Make the products of a window anew where it has been cast."""
+        if self._recast.intersection(params):
+            states = [self.state[p] for p in params]
+            lead = leader(states)
+            lead["window_careful"].fill_(1)
+            self._rule(group, params[0]).rebuild_(states, int(lead["window_step"]))
+            self._recast.difference_update(params)
 
     def _gradient(self, p: Tensor, group: Group) -> Tensor:
         if p.grad is None:

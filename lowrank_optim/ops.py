@@ -19,7 +19,6 @@ Backend = Literal["auto", "torch", "triton"]
 _backend: ContextVar[Backend] = ContextVar("lowrank_optim_backend", default="auto")
 
 Halves = reference_matrix.Halves
-Whole = reference_matrix.Whole
 adam_direction_ = reference.adam_direction_
 almost_orthogonal = reference_matrix.almost_orthogonal
 gram_newton_schulz = reference_matrix.gram_newton_schulz
@@ -86,6 +85,37 @@ def adam_directions_(
         direction_(g, m, v, betas=betas, eps=eps, step=t)
         for g, m, v, t in zip(grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ]
+
+
+def symmetric(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.0
+) -> Tensor:
+    """Return alpha·A Bᵀ + beta·C + gamma·I for matrices (b, n, k) and (b, n, n) that make it symmetric."""
+    if not _takes_triton(a):
+        return reference_matrix.symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
+    from lowrank_optim.kernels import symmetric as kernel
+
+    if a.dtype not in kernel.DTYPES:
+        raise RuntimeError(f"backend('triton'): a symmetric product of {a.dtype} needs float32, bfloat16 or float16")
+    return kernel.symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
+
+
+class Whole(reference_matrix.Whole):
+    """Products of whole matrices, the symmetric ones by whoever `backend` names."""
+
+    def symmetric(
+        self, a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+    ) -> Tensor:
+        """Do as `symmetric`."""
+        return symmetric(a, b, c, alpha=alpha, beta=beta)
+
+    def advanced(self, r: Tensor, w: Tensor) -> Tensor:
+        """Return R W², or W R W where one triangle of it is computed.
+
+        As R and W, rounded, do not commute, neither R W nor R W² is symmetric: mirroring a triangle of either loses
+        small eigenvalues of R. W R W is symmetric whatever rounding has done.
+        """
+        return self.symmetric(w, (r @ w).mT) if _takes_triton(r) else super().advanced(r, w)
 
 
 def apply_(

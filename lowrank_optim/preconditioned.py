@@ -119,10 +119,15 @@ class Preconditioned:
         return 4 * math.prod(shape)
 
     def rebuild_(self, states: list[State], pushed: int) -> None:
-        """Make what is shared anew from the windows after so many gradients, in float64."""
+        """Make what is shared anew from the windows after so many gradients, in float64.
+
+        What a window that has been cast cannot hold becomes zero.
+        """
         lead = leader(states)
         lead["gram"].zero_()
         for state in states:
+            if not math.isfinite(windows.largest([state["window"]])):
+                state["window"].nan_to_num_(0.0, 0.0, 0.0)
             lead["gram"] += windows.gram(_rows(state), lead["gram"].device)[0]
         self.members[0].ring.refactor_(*_sides(lead), pushed)
 
@@ -144,12 +149,13 @@ class Preconditioned:
         wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
         row = self._row_(grads, states, slot, torch.float64 if careful else wide).to(lead["gram"].device)
         ring.push_(*_sides(lead), row, pushed)
-        weights = self._weights(lead, pushed)
+        weights = ring.weights(*_sides(lead), pushed)
         if wide == torch.float32 and not careful and needs_float64(lead["gram"].unsqueeze(0), weights):
             careful.fill_(1)
             # products that are float32 will not do either
             self.rebuild_(states, pushed + 1)
-            weights = self._weights(lead, pushed)
+            ring.refine_(*_sides(lead), pushed)
+            weights = ring.weights(*_sides(lead), pushed)
         return torch.float64 if careful else wide, weights
 
     def _row_(self, grads: list[Tensor], states: list[State], slot: int, dtype: torch.dtype) -> Tensor:
@@ -161,10 +167,6 @@ class Preconditioned:
             part = windows.products(_rows(state), stored.to(dtype).view(1, -1, 1))
             found = found + part.squeeze(2).to(found.device)
         return found
-
-    def _weights(self, lead: State, pushed: int) -> Tensor:
-        ring = self.members[0].ring
-        return ring.divide(pushed + 1) * lead["gram_inverse"][None, :, ring.slot(pushed), None]
 
     def _turn_(
         self,

@@ -185,16 +185,27 @@ class OBSPruner:
             recomputations: rounds. Default 16 (the authors' code); 1 may do where there is training in between.
 
         Raises:
-            ValueError: for an argument out of its range, or where there is no loss.
+            ValueError: for an argument out of its range, or where no loss has a finite gradient.
         """
         share, now = _check_share(sparsity, self._pattern), self.masks.sparsity
+        # one weight is always left
+        share = min(share, 1 - 1 / sum(p.numel() for p in self.masks.params.values()))
         require(type(recomputations) is int and recomputations >= 1, "recomputations", recomputations, "an int >= 1")
-        if share > now:
-            for stage in sparsity_schedule(share, recomputations, "geometric", initial=now):
+        stages = sparsity_schedule(share, recomputations, "geometric", initial=now) if share > now else [share]
+        for stage in stages:
+            if self._prunable(stage):
                 self._prune(losses, stage)
+
+    def _prunable(self, share: float) -> bool:
+        """Say whether masks are to change for this sparsity: as a number of weights, or because of a pattern."""
+        masks = list(self.masks.state_dict().values())
+        scores = [torch.zeros_like(mask, dtype=torch.float64).masked_fill_(~mask, -torch.inf) for mask in masks]
+        return bool((_joined(masks) & ~_chosen(scores, share, self._pattern)).any())
 
     @torch.no_grad()
     def _prune(self, losses: Losses, share: float) -> None:
+        # gradients are by the weights that are left
+        self.masks.apply_()
         names, params = zip(*self.masks.params.items(), strict=True)
         flat = _joined(params)
         alive = _joined(list(self.masks.state_dict().values())).to(flat.device)
@@ -214,7 +225,7 @@ class OBSPruner:
             for loss in islice(losses(), self._num_grads):
                 grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
                 fisher.push(_joined(grads)[alive])
-        require(fisher.num_pushed + fisher.num_rejected > 0, "losses", losses, "at least one loss")
+        require(fisher.num_pushed > 0, "losses", losses, "at least one loss with a finite gradient")
         return fisher
 
 
@@ -242,12 +253,19 @@ def _scores(flat: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def _chosen(scores: Sequence[Tensor], share: float, pattern: Pattern | None) -> Tensor:
-    """Return what is kept, flat, where a share of all that has the lowest scores goes; of equal ones the first."""
+    """Return what is kept, flat, where a share of all that has the lowest scores goes; of equal ones the first.
+
+    Scores of -inf are of what has gone. With a pattern only what it prunes goes, and all of that at its own sparsity.
+    """
     flat = _joined(scores)
     free = torch.arange(len(flat), device=flat.device)
+    count = round(share * len(flat))
     if pattern is not None:
-        free = _joined([_outside(part, pattern) for part in scores]).nonzero().squeeze(1)
-    gone = free[flat[free].argsort(stable=True)[: round(share * len(flat))]]
+        outside = _joined([_outside(part, pattern) for part in scores])
+        free = outside.nonzero().squeeze(1)
+        count -= int((flat.isneginf() & ~outside).sum())
+        count = len(free) if share >= 1 - pattern[0] / pattern[1] else max(0, count)
+    gone = free[flat[free].argsort(stable=True)[:count]]
     return torch.ones_like(flat, dtype=torch.bool).index_fill_(0, gone, False)
 
 

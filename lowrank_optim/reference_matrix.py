@@ -119,21 +119,53 @@ def almost_orthogonal(x: Tensor) -> Tensor:
     return torch.mul(x, scale.unsqueeze(-2 if _tall(x) else -1))
 
 
+def symmetric(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.0
+) -> Tensor:
+    """Return alpha·A Bᵀ + beta·C + gamma·I, of which the caller knows that it is symmetric but for rounding.
+
+    Args:
+        a: (b, n, k).
+        b: (b, n, k): A itself, or such that A Bᵀ is Q Z for polynomials of one symmetric matrix, or W R W.
+        c: (b, n, n), symmetric; None is zeros.
+        alpha: of A Bᵀ; where it is 0, neither is read.
+        beta: of C.
+        gamma: is added to the diagonal.
+    """
+    if alpha == 0:
+        # torch 2.13 ignores beta where alpha is 0
+        out = a.new_zeros(*a.shape[:-1], a.size(-2)) if c is None else beta * c
+    elif c is not None:
+        out = torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+    elif alpha == 1:
+        out = a @ b.mT
+    else:
+        out = torch.baddbmm(a.new_zeros(1, 1, 1), a, b.mT, beta=0.0, alpha=alpha)
+    return _shift_(out, gamma) if gamma != 0 else out
+
+
 class Whole:
     """Plain products of whole matrices."""
 
+    def symmetric(
+        self, a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+    ) -> Tensor:
+        """Return alpha·A Bᵀ + beta·C, which is symmetric: what a subclass may compute one triangle of."""
+        return symmetric(a, b, c, alpha=alpha, beta=beta)
+
     def gram(self, x: Tensor) -> Tensor:
         """Return X Xᵀ or Xᵀ X."""
-        return _gram(x)
+        rows = x.mT if _tall(x) else x
+        return self.symmetric(rows, rows)
 
     def polynomial(self, r: Tensor, b: float, c: float) -> Tensor:
         """Return b·R + c·R²."""
-        # torch 2.13 ignores beta where alpha is 0
-        return torch.baddbmm(r, r, r, beta=b, alpha=c) if c != 0 else b * r
+        # transposed twice: of whole matrices R is symmetric only but for rounding
+        return self.symmetric(r, r.mT, r, alpha=c, beta=b)
 
     def product(self, q: Tensor, z: Tensor, a: float) -> Tensor:
         """Return a·Q + Q Z, rounded once."""
-        return torch.baddbmm(q, q, z, beta=a)
+        return self.symmetric(q, z.mT, q, beta=a)
 
     def advanced(self, r: Tensor, w: Tensor) -> Tensor:
         """Return R W²."""

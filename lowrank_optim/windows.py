@@ -81,7 +81,7 @@ def products(window: Tensor, x: Tensor) -> Tensor:
     In float32 the sums of parts of at most 2¹⁸ numbers are added in float64.
     """
     found = torch.zeros(*window.shape[:2], x.size(2), dtype=torch.float64, device=x.device)
-    for part, rows in _read(window, x):
+    for part, rows in _read(window, x, wide=True):
         if rows.size(0) == 1 and x.size(2) == 1:
             # as a batch of one it is half as fast
             found[part[0]] += torch.mv(rows[0], x[part][0, :, 0]).view(1, -1, 1)
@@ -95,7 +95,7 @@ def combination(window: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     b, _, n = window.shape
     found = torch.empty(b, n, weights.size(2), dtype=dtype, device=weights.device)
     weights = weights.to(dtype)
-    for part, rows in _read(window, found):
+    for part, rows in _read(window, found, wide=True):
         if rows.size(0) == 1 and weights.size(2) == 1:
             torch.mv(rows[0].mT, weights[part[0]][0, :, 0], out=found[part][0, :, 0])
         else:
@@ -131,23 +131,26 @@ def transformed(window: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _read(window: Tensor, like: Tensor) -> Iterator[tuple[Part, Tensor]]:
-    """Yield parts of the window in the dtype and on the device of `like`; each is scratch when the next one comes."""
+def _read(window: Tensor, like: Tensor, *, wide: bool = False) -> Iterator[tuple[Part, Tensor]]:
+    """Yield parts of the window in the dtype and on the device of `like`; each is scratch when the next one comes.
+
+    They are `wide`, as far as what is made of them is not, where they are read as they are.
+    """
+    wide = wide and window.dtype == like.dtype and window.device == like.device
     scratch = None
     if window.dtype != like.dtype or window.device != like.device:
         # one memory for all: new memory for each is as slow to touch as it is to convert
-        parts = [(stop.stop - stop.start) * (end.stop - end.start) for stop, end in _parts(window, like)]
+        parts = [(stop.stop - stop.start) * (end.stop - end.start) for stop, end in _parts(window, like, wide)]
         scratch = torch.empty(max(parts, default=0) * window.size(1), dtype=like.dtype, device=like.device)
-    for blocks, columns in _parts(window, like):
+    for blocks, columns in _parts(window, like, wide):
         rows = window[blocks, :, columns]
         yield (blocks, columns), rows if scratch is None else scratch[: rows.numel()].view(rows.shape).copy_(rows)
 
 
-def _parts(window: Tensor, like: Tensor) -> Iterator[Part]:
+def _parts(window: Tensor, like: Tensor, wide: bool) -> Iterator[Part]:
     b, m, n = window.shape
-    room = 4 * ops.part_size(like.device)
-    # nothing is converted: a part is what may be summed in float32
-    room = room if window.dtype != like.dtype or window.device != like.device else m * _SUMMED
+    # as much as fits a cache, or as may be summed in float32
+    room = m * _SUMMED if wide else 4 * ops.part_size(like.device)
     width = max(1, min(n, room // m))
     height = max(1, room // (m * max(1, n)))
     for block in range(0, b, height):

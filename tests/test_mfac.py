@@ -427,6 +427,23 @@ def test_nothing_that_is_finite_makes_a_weight_that_is_not(sizes: tuple[float, .
     assert opt.state[params[0]]["gram"].isfinite().all()
 
 
+@pytest.mark.parametrize("num_grads", [2, 4, 32])
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e12, 1e28])
+@pytest.mark.parametrize("order", ["xx", "xyxx", "xxxxxxxx"])
+def test_a_gradient_that_repeats_never_leaps(size: float, num_grads: int, order: str) -> None:
+    """F⁻¹g is never longer than √(c/λ)/2, also where float64 cannot tell its matrix from a singular one."""
+    p = nn.Parameter(torch.zeros(1200))
+    opt = MFAC([p], lr=1.0, num_grads=num_grads, damping=1e-5)
+    x, y = (torch.randn(1200, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for which in order:
+        p.data.zero_()
+        p.grad = (x * size) if which == "x" else y
+        opt.step()
+        assert float(p.detach().norm()) <= math.sqrt(num_grads / 1e-5) * 1.01
+        # and downhill, but for rounding
+        assert float(-(p.detach() / (p.detach().norm() + 1e-30)) @ p.grad) >= -1e-3 * float(p.grad.norm())
+
+
 def test_a_model_that_is_cast_goes_on_from_what_its_window_has_become() -> None:
     """Also where a parameter takes part that has no gradient any more; and the same when such a state is loaded."""
     params = parameters()

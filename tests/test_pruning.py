@@ -329,11 +329,12 @@ def test_fewer_gradients_than_the_window_and_none_that_is_finite():
     pruner = OBSPruner(matrices(model), 1000)
     pruner.prune(losses_of(model, 3), 0.5, recomputations=2)
     assert zeros(model) == 96
-    # the same as none
+    # which say nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruner.prune(lambda: [model[0].weight.sum() * float("nan")], 0.75, recomputations=1)
-    assert zeros(model) == 144
+        with pytest.raises(ValueError, match="Invalid losses: .* must be at least one loss with a finite gradient"):
+            pruner.prune(lambda: [model[0].weight.sum() * float("nan")], 0.75, recomputations=1)
+    assert zeros(model) == 96
     assert all(torch.isfinite(p).all() for p in model.parameters())
     with pytest.raises(ValueError, match="Invalid losses: .* must be at least one loss"):
         pruner.prune(lambda: [], 0.9)
@@ -502,3 +503,42 @@ def test_the_experiment_runs(tmp_path):
     main(["--quick", "--results", str(tmp_path)])
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
     assert "M-FAC, joint update" in (tmp_path / "prune_digits.md").read_text()
+
+
+def test_a_pattern_holds_where_masks_from_elsewhere_do_not_have_it():
+    model = net()
+    pruner = OBSPruner(matrices(model), 12, pattern=(2, 4))
+    # as sparse as the pattern, and nothing like it
+    pruner.masks.narrow_({name: torch.arange(p.numel()).view(p.shape) % 8 >= 4 for name, p in matrices(model)})
+    assert pruner.masks.sparsity == 0.5
+    pruner.prune(losses_of(model), recomputations=3)
+    for _, p in matrices(model):
+        assert ((p != 0).view(-1, 4).sum(1) <= 2).all()
+
+
+def test_what_is_masked_outside_of_a_pattern_counts():
+    fisher = InverseFisher(8, 1)
+    weights, mask = torch.tensor([5.0, 5, 5, 1, 9, 9, 9, 9]), torch.tensor([False] * 3 + [True] * 5)
+    new, mask = obs_prune(weights, fisher, 0.375, mask=mask, pattern=(2, 4))
+    assert int((new == 0).sum()) == int((~mask).sum()) == 3
+
+
+def test_a_sparsity_that_has_been_reached_asks_for_nothing_and_one_weight_stays():
+    layer = nn.Linear(10, 1, bias=False)
+    pruner = OBSPruner([("weight", layer.weight)], 4)
+    asked = []
+
+    def losses():
+        for _ in range(4):
+            # by the weights that are left
+            asked.append(int((layer.weight == 0).sum()))
+            yield layer(torch.randn(3, 10)).square().mean()
+
+    pruner.prune(losses, 0.34, recomputations=2)
+    count = len(asked)
+    layer.weight.data += 1
+    pruner.prune(losses, 0.34)
+    assert len(asked) == count
+    pruner.prune(losses, 0.99)
+    assert set(asked[count : count + 4]) == {3}
+    assert int((layer.weight != 0).sum()) == 1
