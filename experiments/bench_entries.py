@@ -141,7 +141,7 @@ _GALORE: dict[str, Entry] = {
 }
 
 _IDENTITY = {"basis": "identity", "update_proj_gap": 1, "carry": "rotate", "scale": 1.0}
-_ONE = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
+_ONE = {"rank": 1, "scale": 128.0, "scale_type": "tensor", "proj_dtype": "float32"}
 
 _PROJECTED: dict[str, Entry] = {
     "galore_torch": _GALORE["galore_torch"],
@@ -155,7 +155,7 @@ _PROJECTED: dict[str, Entry] = {
     "fira": _projected(FiraAdamW, costs.galore("subspace"), basis="subspace"),
     "fira_peer": Entry(_fira, costs.galore("svd", state_dtype=None), refreshes=True),
     "ldadam": _projected(LDAdamW, costs.ldadam),
-    "apollo": _projected(APOLLOAdamW, costs.apollo),
+    "apollo": _projected(APOLLOAdamW, costs.apollo, proj_dtype="float32"),
     "apollo_bfloat16": _projected(APOLLOAdamW, costs.apollo_bfloat16, "apollo", proj_dtype="bfloat16"),
     "apollo_mini": _projected(APOLLOAdamW, lambda shape, rank, dtype: costs.apollo(shape, 1, dtype), **_ONE),
     "apollo_torch": Entry(_apollo_torch, costs.apollo, refreshes=True),

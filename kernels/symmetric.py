@@ -227,7 +227,7 @@ def symmetric(
     if beta == 0:
         c = None
     interpreted = not a.is_cuda
-    shape = tiles or tiles_for(n, a.itemsize, aligned=_aligned(n, k, a, b))
+    shape = tiles or tiles_for(n, a.itemsize, aligned=_aligned(n, k, *(x for x in (a, b, c) if x is not None)))
     count = triton.cdiv(n, shape.side)
     count = count * (count + 1) // 2
     pieces = triton.cdiv(k, shape.depth)

@@ -112,8 +112,8 @@ class Whole(reference_matrix.Whole):
     def advanced(self, r: Tensor, w: Tensor) -> Tensor:
         """Return R W², or W R W where one triangle of it is computed.
 
-        As R and W, rounded, do not commute, neither R W nor R W² is symmetric: mirroring a triangle of either loses
-        small eigenvalues of R. W R W is symmetric whatever rounding has done.
+        As R and W, rounded, do not commute, neither R W nor R W² is symmetric, and a mirrored triangle of either is
+        wrong where R has small eigenvalues. W R W is symmetric whatever rounding has done.
         """
         return self.symmetric(w, (r @ w).mT) if _takes_triton(r) else super().advanced(r, w)
 

@@ -127,7 +127,7 @@ def test_equals_apollo_torch_through_our_matrices(shape, scale_type, rank, scale
     start = torch.randn(shape, dtype=dtype)
     p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     # their groups, unchanged
-    opt = APOLLOAdamW([{"params": [p], **keys}], stagger=False, **hyper)
+    opt = APOLLOAdamW([{"params": [p], **keys}], stagger=False, proj_dtype="float32", **hyper)
     base = theirs_module.APOLLOAdamW([{"params": [q], **keys}], **hyper)
     base.state[q]["projector"] = follow(
         base._initialize_projector(base.param_groups[0], base.state[q]), q, opt, p, rank
@@ -152,7 +152,7 @@ def test_differs_from_apollo_torch_in_weight_decay_and_eps_as_documented(shape):
     start = torch.randn(shape, dtype=torch.float64)
     params = [nn.Parameter(x) for x in (start / decay, start / decay, start.clone(), start.clone())]
     modelled, plain, same_start, q = params
-    opts = [APOLLOAdamW([{"params": [p], **keys}], stagger=False, **hyper) for p in params[:3]]
+    opts = [APOLLOAdamW([{"params": [p], **keys}], stagger=False, proj_dtype="float32", **hyper) for p in params[:3]]
     base = theirs_module.APOLLOAdamW([{"params": [q], **keys}], **hyper)
     base.state[q]["projector"] = follow(
         base._initialize_projector(base.param_groups[0], base.state[q]), q, opts[0], modelled, 4
@@ -375,5 +375,8 @@ def test_a_projection_in_bfloat16_says_nearly_the_same():
     assert not torch.equal(*updates)
     p = nn.Parameter(torch.zeros(24, 10, dtype=torch.float64))
     assert_same_weights(
-        lambda q: APOLLOAdamW(q, rank=4, proj_dtype="bfloat16"), lambda q: APOLLOAdamW(q, rank=4), (24, 10), atol=0
+        lambda q: APOLLOAdamW(q, rank=4, proj_dtype="bfloat16"),
+        lambda q: APOLLOAdamW(q, rank=4, proj_dtype="float32"),
+        (24, 10),
+        atol=0,
     )

@@ -95,7 +95,7 @@ OVERRIDES: dict[type[RuleOptimizer], dict[str, Any]] = {
         "basis": "svd",
         "stagger": False,
         "seed": 7,
-        "proj_dtype": "bfloat16",
+        "proj_dtype": "float32",
     },
     FiraAdamW: {
         **_ADAM,

@@ -46,7 +46,7 @@ VALUES: dict[str, Any] = {
     "column_ages": True,
     "error_feedback": "int8",
     "scale_type": "tensor",
-    "proj_dtype": "bfloat16",
+    "proj_dtype": "float32",
     "published_code": True,
     "rho": 0.5,
     "rank": 4,

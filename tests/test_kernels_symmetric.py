@@ -235,7 +235,6 @@ def test_operands_are_aligned_where_every_row_begins_so() -> None:
         assert kernel._aligned(*good.shape[1:], good, good)
     for bad in (x[:, :, 1:], x[:, :, 8:], x[:, 1:], x[..., ::3], torch.zeros(1, 64, 97)[..., :96]):
         assert not kernel._aligned(*bad.shape[1:], bad, bad)
-    assert not kernel._aligned(64, 96, x, x[:, :, 8:])
     assert not kernel._aligned(64, 96, x[:, :, 1:], x)
 
 
@@ -297,20 +296,21 @@ def test_newton_schulz_on_the_kernel_is_no_farther_from_the_truth(
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["you", "jordan", "polar_express"])
-def test_small_singular_values_survive_the_gram_form(name: str) -> None:
-    """Mirroring a triangle of R W² would lose them: by many times the result itself for steep coefficients."""
-    u, v = (torch.linalg.qr(torch.randn(1, m, 48, dtype=torch.float64)).Q for m in (48, 96))
+@pytest.mark.parametrize(
+    ("name", "restarts", "factor"), [("you", (1, 3), 1.12), ("you", (1,), 2.0), ("polar_express", (1, 3, 4), 2.0)]
+)
+def test_small_singular_values_survive_the_gram_form(name: str, restarts: tuple[int, ...], factor: float) -> None:
+    """With R W² in the place of W R W the errors would be 1.2 times those of whole matrices, 5 times and up to 35."""
+    u, v = (torch.linalg.qr(torch.randn(3, m, 48, dtype=torch.float64)).Q for m in (48, 96))
     x = (u * 10 ** -torch.linspace(0, 5, 48)) @ v.mT
     x = reference_matrix.normalized(x, eps=0.0, dtype=torch.bfloat16)
     triples = table(name)
     exact = ops.newton_schulz(x.double(), triples, ops.Whole())
-    plain = ops.gram_newton_schulz(x, triples, (1, 3, 4), ops.Whole())
+    plain = ops.gram_newton_schulz(x, triples, restarts, ops.Whole())
     with backend("triton"):
-        found = ops.gram_newton_schulz(x, triples, (1, 3, 4), ops.Whole())
+        found = ops.gram_newton_schulz(x, triples, restarts, ops.Whole())
     error, plain_error = ((y - exact).norm() / exact.norm() for y in (found, plain))
-    assert plain_error < 0.2
-    assert error <= 2 * plain_error
+    assert error <= factor * plain_error
 
 
 @interpreted
