@@ -384,7 +384,7 @@ ONES = {
 # the launch table itself decides what is built
 WORK = [("bf16", tiles, product) for tiles in TILES[2].values() for product in ("gram", "tall", "polynomial")]
 WORK += [("fp32", tiles, product) for tiles in TILES[4].values() for product in ("gram", "tall", "polynomial")]
-WORK += [("fp16", tiles, "polynomial") for tiles in TILES[2].values()]
+WORK += [("fp16", TILES[2][1024], "polynomial")]
 WORK += [("bf16", TILES[2][1], "sum"), ("fp32", TILES[4][1], "one"), ("fp32", TILES[4][1], "sum of one")]
 WORK += [("bf16", ODD_TILES[2], "odd"), ("fp32", ODD_TILES[4], "odd")]
 tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -406,6 +406,9 @@ for dtype, tiles, product in WORK:
     aligned -= {"tiles", "parts", "steps"}
     hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
     for target_name, target in TARGETS.items():
+        if "one" in product and target_name != "sm_90a":
+            # that constants have no type is a matter of the language, not of the target
+            continue
         source = ASTSource(kernel, types, constexprs=constants, attrs=hints)
         options = {"num_warps": tiles.warps} | ({} if kernel is sum_parts_kernel else {"num_stages": tiles.stages})
         built = triton.compile(source, target=target, options=options)
