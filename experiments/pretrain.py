@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import random
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -282,9 +283,25 @@ def main(argv: Sequence[str] | None = None, load: Callable[..., Corpus] = load_c
         return 2
     finally:
         if dist.is_initialized():
+            # what of the model and its reducer is in cycles holds the group, whose threads must end before Python does
+            gc.collect()
             dist.destroy_process_group()
+            gc.collect()
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process; a rank that has nothing to write leaves at once.
+
+    A thread of gloo may still hold tensors when the interpreter is taken down, and then aborts a process whose work is
+    done.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

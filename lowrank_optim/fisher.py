@@ -14,6 +14,8 @@ from lowrank_optim.room import check_room
 from lowrank_optim.windows import Blocks
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# columns for each row of a block, below which float64 costs little beside what it saves
+_SQUARE = 16
 _KEPT = ("window", "gram", "inverse", "pushed", "rejected")
 
 
@@ -154,7 +156,10 @@ class InverseFisher:
         if not self.num_pushed:
             raise RuntimeError("no gradient has been pushed, so there is no newest one")
         weights = self._ring.weights(self._gram, self._inverse, self.num_pushed - 1)
-        dtype = torch.float64 if needs_float64(self._gram, weights) else compute_dtype(self._window.dtype)
+        # rows of narrow blocks depend on each other
+        narrow = self._window.size(2) < _SQUARE * self._window.size(1)
+        careful = narrow or needs_float64(self._gram, weights)
+        dtype = torch.float64 if careful else compute_dtype(self._window.dtype)
         found = windows.combination(self._window, weights, dtype)
         return self._blocks.join(found).squeeze(0).to(compute_dtype(self._window.dtype))
 
