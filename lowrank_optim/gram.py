@@ -12,7 +12,7 @@ DIVISORS = get_args(Divisor)
 # how far from one a matrix times its inverse may be, so that there is nothing left of it when it is refined
 _LEFT = 1e-8
 # what may be left over of a column when it is used, and the least eigenvalue of a unit diagonal where it is more
-_SOLVED, _RANK = 1e-4, 1e-10
+_SOLVED, _RANK = 0.1, 1e-10
 # the least damping that a relative one comes to
 _LEAST = 1e-290
 # how much larger than their sum the terms of a combination may be for float32
@@ -71,13 +71,22 @@ class Ring:
         followed = not changes and slot > 0 and _replaced_(inverse, gram, slot, row, shift)
         if not followed:
             self.refactor_(gram, inverse, pushed + 1)
-        self.refine_(gram, inverse, pushed)
+        self.refine_(gram, inverse, pushed, fresh=not followed)
 
-    def refine_(self, gram: Tensor, inverse: Tensor, pushed: int) -> None:
-        """Make the column of the row that has come after so many others as good as it can be."""
+    def refine_(self, gram: Tensor, inverse: Tensor, pushed: int, *, fresh: bool) -> None:
+        """Make the column of the row that has come after so many others as good as it can be.
+
+        Of an inverse that is `fresh` it is solved for, of one that has followed its rows it is corrected.
+        """
         slot, shift = self.slot(pushed), self.shift(gram, pushed + 1)
         column = inverse[:, :, slot]
-        column = column + torch.matmul(inverse, _left(gram, column, slot, shift).unsqueeze(2)).squeeze(2)
+        if fresh:
+            # while O(m³) is paid anyway: more precise than a column of any inverse
+            column = solved(gram, shift, torch.zeros_like(column).index_fill_(1, _index(slot, gram), 1)[:, :, None])[
+                :, :, 0
+            ]
+        else:
+            column = column + torch.matmul(inverse, _left(gram, column, slot, shift).unsqueeze(2)).squeeze(2)
         # as large as A itself is there
         sizes = (gram.diagonal(dim1=1, dim2=2) + shift).sqrt()
         left = _left(gram, column, slot, shift) * sizes[:, slot, None] / sizes
@@ -180,6 +189,10 @@ def needs_float64(gram: Tensor, weights: Tensor) -> bool:
     ordinary = (size > _SMALL) & (size < 1 / _SMALL) | (size == 0)
     # not so for NaN either
     return not bool(((terms <= _CANCELLED * total) & ordinary).all())
+
+
+def _index(slot: int, like: Tensor) -> Tensor:
+    return torch.tensor([slot], device=like.device)
 
 
 def _shifted(gram: Tensor, shift: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -254,6 +254,8 @@ def test_pushes_lose_no_more_digits_than_a_new_factorization(
     gradients *= 10 ** (spread * draw(count, 1, seed=seed + 2))
     rows, n = window(gradients, num_grads, divisor)
     condition = np.linalg.cond(rows @ rows.T + n * damping * np.eye(len(rows)))
+    # beyond it there is no factorization in float64 to compare with
+    assume(condition < 1e15)
     expected = oracle.precise(rows, damping, n)
     direct = relative(oracle.push_through(rows, damping, n, -1), expected)
     fisher = filled(gradients, num_grads=num_grads, damping=damping, divisor=divisor)
