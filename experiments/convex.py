@@ -1,7 +1,7 @@
 """M-FAC against tuned SGD and AdamW, by steps and by time, on convex problems whose Hessian is known.
 
     python -m experiments.convex
-    python -m experiments.convex --problems tiny --steps 100 --small --results /tmp/convex
+    python -m experiments.convex --problems tiny --steps 100 --small --results runs/convex
 
 Problems: least squares with a badly conditioned design, whose optimum is hard to reach (`least_squares`) or easy
 (`least_squares_smooth`), and logistic regression on two data sets of scikit-learn, or on made-up data where that is not

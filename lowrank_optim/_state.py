@@ -1,4 +1,4 @@
-"""How a state is allocated, matched and filled when one is loaded."""
+"""How a state is allocated, matched and filled when one is loaded, and whose turn is when."""
 
 from collections.abc import Iterator
 from typing import Any

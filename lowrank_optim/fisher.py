@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import windows
+from lowrank_optim._types import compute_dtype
 from lowrank_optim._warn import warn_once
-from lowrank_optim.fisher_static import StaticInverseFisher, compute_dtype, each
+from lowrank_optim.fisher_static import StaticInverseFisher, each
 from lowrank_optim.gram import Divisor, Ring, check_numbers, logdet, needs_float64, root, solved
 from lowrank_optim.room import check_room
 from lowrank_optim.windows import Blocks
@@ -144,7 +145,7 @@ class InverseFisher:
         Raises:
             ValueError: for another length than d.
         """
-        return each(x, self._blocks, self._solve, self.device).to(compute_dtype(self._window.dtype))
+        return each(x, self._blocks, self._solve, self.device).to(compute_dtype(self._window))
 
     @torch.no_grad()
     def solve_newest(self) -> Tensor:
@@ -159,9 +160,9 @@ class InverseFisher:
         # rows of narrow blocks depend on each other
         narrow = self._window.size(2) < _SQUARE * self._window.size(1)
         careful = narrow or needs_float64(self._gram, weights)
-        dtype = torch.float64 if careful else compute_dtype(self._window.dtype)
+        dtype = torch.float64 if careful else compute_dtype(self._window)
         found = windows.combination(self._window, weights, dtype)
-        return self._blocks.join(found).squeeze(0).to(compute_dtype(self._window.dtype))
+        return self._blocks.join(found).squeeze(0).to(compute_dtype(self._window))
 
     @torch.no_grad()
     def compensate(self, change: Tensor, free: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class InverseFisher:
         """Return the diagonal of F⁻¹, (d,), in O(d m²)."""
         sums = windows.squares(self._window, self._root())
         found = self._blocks.join((1 - sums).div_(self.damping).unsqueeze(2)).squeeze(0)
-        return found.to(compute_dtype(self._window.dtype))
+        return found.to(compute_dtype(self._window))
 
     @torch.no_grad()
     def element(self, i: int, j: int) -> float:
@@ -232,7 +233,7 @@ class InverseFisher:
     def static(self) -> "StaticInverseFisher":
         """Return F⁻¹ as it is now in a form whose products take O(d m) and whose elements O(m), for O(d m²) once."""
         rows = windows.transformed(self._window, self._root(), torch.float64)
-        return StaticInverseFisher(rows, self._blocks, self.damping, compute_dtype(self._window.dtype))
+        return StaticInverseFisher(rows, self._blocks, self.damping, compute_dtype(self._window))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is kept, as tensors and numbers."""

@@ -54,8 +54,3 @@ def each(x: Tensor, blocks: Blocks, solve: Callable[[Tensor], Tensor], device: t
         raise ValueError(f"Invalid x: of shape {tuple(x.shape)}, must be ({blocks.size},) or (p, {blocks.size})")
     rows = x if x.dim() == 2 else x.unsqueeze(0)
     return blocks.join(solve(blocks.split(rows.to(device, torch.float64)))).reshape(x.shape)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of results for a window of this one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

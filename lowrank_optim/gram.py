@@ -68,32 +68,18 @@ class Ring:
         gram[:, :, slot] = row
         shift = self.shift(gram, pushed + 1)
         changes = self.relative or (self.divisor == "count" and pushed < self.num_grads)
-        followed = not changes and slot > 0 and _replaced_(inverse, gram, slot, row, shift)
-        if not followed:
-            self.refactor_(gram, inverse, pushed + 1)
-        self.refine_(gram, inverse, pushed, fresh=not followed)
-
-    def refine_(self, gram: Tensor, inverse: Tensor, pushed: int, *, fresh: bool) -> None:
-        """Make the column of the row that has come after so many others as good as it can be.
-
-        Of an inverse that is `fresh` it is solved for, of one that has followed its rows it is corrected.
-        """
-        slot, shift = self.slot(pushed), self.shift(gram, pushed + 1)
-        column = inverse[:, :, slot]
-        if fresh:
-            # while O(m³) is paid anyway: more precise than a column of any inverse
-            column = solved(gram, shift, torch.zeros_like(column).index_fill_(1, _index(slot, gram), 1)[:, :, None])[
-                :, :, 0
-            ]
+        if not changes and slot > 0 and _replaced_(inverse, gram, slot, row, shift):
+            _keep_(gram, inverse, slot, shift, _corrected(gram, inverse, slot, shift))
         else:
-            column = column + torch.matmul(inverse, _left(gram, column, slot, shift).unsqueeze(2)).squeeze(2)
-        # as large as A itself is there
-        sizes = (gram.diagonal(dim1=1, dim2=2) + shift).sqrt()
-        left = _left(gram, column, slot, shift) * sizes[:, slot, None] / sizes
-        if not bool((left.norm(dim=1) <= _SOLVED).all()):
-            column = _bounded(gram, slot, shift)
-        inverse[:, slot, :] = column
-        inverse[:, :, slot] = column
+            self.refactor_(gram, inverse, pushed + 1)
+            self.solve_newest_(gram, inverse, pushed)
+
+    def solve_newest_(self, gram: Tensor, inverse: Tensor, pushed: int) -> None:
+        """Solve for the column of the row that has come after so many others: more precise than that of an inverse."""
+        slot, shift = self.slot(pushed), self.shift(gram, pushed + 1)
+        unit = torch.zeros_like(gram[:, :, :1])
+        unit[:, slot] = 1
+        _keep_(gram, inverse, slot, shift, solved(gram, shift, unit).squeeze(2))
 
     def weights(self, gram: Tensor, inverse: Tensor, pushed: int) -> Tensor:
         """Return c K e_j, (b, m, 1), for the row that has come after so many others.
@@ -142,6 +128,23 @@ def _left(gram: Tensor, column: Tensor, slot: int, shift: Tensor) -> Tensor:
     return left
 
 
+def _corrected(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor) -> Tensor:
+    """Return a column of the inverse, with what it leaves over put right once."""
+    column = inverse[:, :, slot]
+    return column + torch.matmul(inverse, _left(gram, column, slot, shift).unsqueeze(2)).squeeze(2)
+
+
+def _keep_(gram: Tensor, inverse: Tensor, slot: int, shift: Tensor, column: Tensor) -> None:
+    """Make this a column of the inverse, and the row too, unless it leaves too much over."""
+    # as large as A itself is there
+    sizes = (gram.diagonal(dim1=1, dim2=2) + shift).sqrt()
+    left = _left(gram, column, slot, shift) * sizes[:, slot, None] / sizes
+    if not bool((left.norm(dim=1) <= _SOLVED).all()):
+        column = _bounded(gram, slot, shift)
+    inverse[:, slot, :] = column
+    inverse[:, :, slot] = column
+
+
 def _bounded(gram: Tensor, slot: int, shift: Tensor) -> Tensor:
     """Return a column of the inverse of a matrix that float64 cannot tell from a singular one.
 
@@ -162,7 +165,7 @@ def solved(gram: Tensor, shift: Tensor, y: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(_shifted(gram, shift))
     if not bool(info.any()):
         return torch.cholesky_solve(y, factor)
-    half = root(gram, shift)
+    half = _root_by_eigenvalues(gram, shift)
     return half.mT @ (half @ y)
 
 
@@ -173,6 +176,10 @@ def root(gram: Tensor, shift: Tensor) -> Tensor:
         unit = torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device).expand_as(gram)
         found: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
         return found
+    return _root_by_eigenvalues(gram, shift)
+
+
+def _root_by_eigenvalues(gram: Tensor, shift: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     return torch.mul(vectors.mT, (values.clamp_(min=0) + shift).rsqrt_().unsqueeze(2))
 
@@ -189,10 +196,6 @@ def needs_float64(gram: Tensor, weights: Tensor) -> bool:
     ordinary = (size > _SMALL) & (size < 1 / _SMALL) | (size == 0)
     # not so for NaN either
     return not bool(((terms <= _CANCELLED * total) & ordinary).all())
-
-
-def _index(slot: int, like: Tensor) -> Tensor:
-    return torch.tensor([slot], device=like.device)
 
 
 def _shifted(gram: Tensor, shift: Tensor) -> Tensor:

@@ -230,7 +230,9 @@ class MFAC(RuleOptimizer):
         """Yield what shares a window: with it, what has no gradient now and is in the window still."""
         for params in self._shared(group, list(self._present(group))):
             for p in params:
-                self._follow(p, group)
+                if p.grad is None:
+                    # the others have been followed when they were found to be there
+                    self._follow(p, group)
             rules = [self._rule(group, p) for p in params]
             for rule, p in zip(rules, params, strict=True):
                 self._check_kept(rule, [p])

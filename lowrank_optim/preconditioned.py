@@ -154,7 +154,7 @@ class Preconditioned:
             careful.fill_(1)
             # products that are float32 will not do either
             self.rebuild_(states, pushed + 1)
-            ring.refine_(*_sides(lead), pushed, fresh=True)
+            ring.solve_newest_(*_sides(lead), pushed)
             weights = ring.weights(*_sides(lead), pushed)
         return torch.float64 if careful else wide, weights
 
