@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim import _checks
+
 
 def sparsity_schedule(
     sparsity: float, stages: int, kind: Literal["cubic", "geometric"] = "cubic", *, initial: float = 0.0
@@ -162,5 +164,4 @@ def check_sparsity(name: str, sparsity: float | None) -> float:
 
 def require(ok: bool, name: str, value: object, must: str) -> None:
     """Raise ValueError, where it is not ok, naming the argument, its value and what is allowed."""
-    if not ok:
-        raise ValueError(f"Invalid {name}: {value!r}, must be {must}")
+    _checks.require(ok, {name: value}, name, must)

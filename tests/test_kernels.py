@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lowrank_optim.kernels import adam
 from lowrank_optim.kernels._launch import ELEMENTWISE, launch_shape
+from tests.alone import run_alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -230,15 +229,6 @@ def test_triton_is_had_or_refused_and_auto_on_a_cpu_never_touches_it() -> None:
         "backend('triton'): Triton is not installed (pip install triton)",
         "2.0 []",
     ]
-
-
-def run_alone(code: str, *args: str, **environment: str) -> str:
-    """Run in a process where nothing is interpreted, and return what it printed."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 AHEAD_OF_TIME = """

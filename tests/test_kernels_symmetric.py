@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lowrank_optim.kernels import symmetric as kernel
 from lowrank_optim.kernels._launch import ODD_TILES, SPLITS, TILES, Tiles, parts_of, tiles_for
+from tests.alone import run_alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -347,15 +346,6 @@ def test_a_cpu_without_the_interpreter_is_refused() -> None:
     assert run_alone(ALONE).strip() == (
         "backend('triton'): a Tensor on cpu needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported"
     )
-
-
-def run_alone(code: str, *args: str, **environment: str) -> str:
-    """Run in a process where nothing is interpreted, and return what it printed."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 AHEAD_OF_TIME = """

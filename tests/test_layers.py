@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preconditioned": NOUNS | {"windows", "gram", "views"},
     "fisher_static": NOUNS | {"windows"},
     "fisher": NOUNS | {"windows", "gram", "room", "fisher_static"},
-    "masks": NOUNS,
+    "masks": NOUNS | {"_checks"},
     "pruning": NOUNS | {"fisher", "masks"},
     "coefficients": {"_types"},
     "orthogonal": PARTS | {"coefficients"},
