@@ -1,5 +1,6 @@
 """Memory-efficient optimizers for PyTorch: one composition of basis, rule and storage."""
 
+from lowrank_optim._backend import backend as backend
 from lowrank_optim.allocation import Ranks as Ranks
 from lowrank_optim.allocation import allocate_ranks as allocate_ranks
 from lowrank_optim.apollo import APOLLOAdamW as APOLLOAdamW
@@ -21,7 +22,6 @@ from lowrank_optim.memory import adamw_state_bytes as adamw_state_bytes
 from lowrank_optim.memory import state_bytes as state_bytes
 from lowrank_optim.mfac import MFAC as MFAC
 from lowrank_optim.muon import Muon as Muon
-from lowrank_optim.ops import backend as backend
 from lowrank_optim.orthogonal import orthogonalize as orthogonalize
 from lowrank_optim.params import ParamGroups as ParamGroups
 from lowrank_optim.params import param_groups as param_groups

@@ -30,6 +30,14 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     aged: int | None = None
+    # of the directions, where a kernel makes them; None is that of the mathematics
+    dtype: torch.dtype | None = None
+    # what directions are multiplied by
+    scale: float = 1.0
+
+    def takes(self, grad: Tensor) -> bool:
+        """Return whether a kernel reads it as it is."""
+        return self.aged is None and ops.in_one_pass(grad)
 
     def init(self, shape: Sequence[int], new: NewState) -> State:
         """Allocate both moments."""
@@ -46,6 +54,14 @@ class Adam:
         self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None]
     ) -> list[Update | None]:
         """Move the moments where there is a move, advance them, and return the directions."""
+        if self._in_one_pass(grads[0], moves):
+            for state, tick, move in zip(states, ticks, moves, strict=True):
+                if move is not None:
+                    self._move_(state, tick, move, state["exp_avg"], state["exp_avg_sq"])
+            numbers: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "scale": self.scale, "dtype": self.dtype}
+            numbers["steps"] = [tick.step for tick in ticks]
+            numbers["seeds"] = [0 if self.storage.in_place else tick.seed for tick in ticks]
+            return [*ops.stored_adam_directions_(grads, states, **numbers)]
         numel, room = grads[0].numel(), ops.part_size(grads[0].device)
         # so many at a time that the moments, which are there as numbers only now, take little memory
         size = len(grads) if self.storage.in_place else max(1, room // max(1, numel))
@@ -73,6 +89,11 @@ class Adam:
         """Return what undoes the first moment's bias."""
         return 1 / self._unbias(tick)[0]
 
+    def _in_one_pass(self, like: Tensor, moves: Sequence[Move | None]) -> bool:
+        """Return whether a kernel does for gradients like this: it reads, advances and keeps what nothing moves."""
+        moved = not self.storage.in_place and any(move is not None for move in moves)
+        return self.aged is None and self.scale > 0 and not moved and ops.in_one_pass(like)
+
     def _advance(
         self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None], start: int = 0
     ) -> list[Tensor]:
@@ -91,6 +112,8 @@ class Adam:
             ages = [self._ages(state, like) for state in states]
             rows = zip(grads, firsts, seconds, ages, strict=True)
             directions = [ops.adam_direction_(*three, **numbers, step=age) for *three, age in rows]
+        if self.scale != 1:
+            torch._foreach_mul_(directions, self.scale)
         seeds = [tick.seed + start for tick in ticks]
         self.storage.write_(states, "exp_avg", exp_avgs, seeds)
         self.storage.write_(states, "exp_avg_sq", exp_avg_sqs, [seed + _APART for seed in seeds])

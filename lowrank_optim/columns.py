@@ -6,7 +6,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim import cosine
+from lowrank_optim import cosine, ops
+from lowrank_optim._half import HALF, multiplies
 from lowrank_optim._types import Coefficients, Factored, NewState, Side, State
 
 
@@ -26,6 +27,22 @@ class Sorted(NamedTuple):
     def take(self, index: Tensor) -> Tensor:
         """Return the coefficients along these columns."""
         return self.values.index_select(-1 if self.side == "right" else -2, index)
+
+
+class Ranked(NamedTuple):
+    """Coefficients in 16 bits, and what there is along each column, which was added up before they were rounded."""
+
+    values: Tensor
+    energy: Tensor
+    side: Side
+
+    def energies(self) -> Tensor:
+        """Return the sum of squares or of magnitudes along each column."""
+        return self.energy
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return the coefficients along these columns in float32."""
+        return self.values.index_select(-1 if self.side == "right" else -2, index).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -170,7 +187,7 @@ class _OfMatrix(Selected):
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return G Q (right) or Qᵀ G (left), Q being the selected columns."""
         columns = self._columns(state, grad)
-        return grad @ columns if self.side == "right" else columns.mT @ grad
+        return ops.product(grad, columns) if self.side == "right" else ops.product(columns.mT, grad)
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors of R Qᵀ (right) or Q R (left)."""
@@ -192,12 +209,25 @@ class DCT(_OfMatrix):
     `cosine.dct_matrix`.
     """
 
+    def takes(self, grad: Tensor) -> bool:
+        """Return whether products with it are made in its 16 bits."""
+        return multiplies(grad)
+
+    def rounded(self, state: State, dtype: torch.dtype) -> State:
+        """Return the state: columns are made in the dtype of what they are multiplied with."""
+        return state
+
     def transform(self, matrix: Tensor) -> Tensor:
         """Return G D (right) or Dᵀ G (left): 2 m n min(m, n) operations as a product, m n log min(m, n) by FFT."""
+        if matrix.dtype in HALF:
+            columns = self._matrix(matrix)
+            return ops.product(matrix, columns) if self.side == "right" else ops.product(columns.mT, matrix)
         return cosine.dct(matrix, self._dim)
 
     def analyze(self, matrix: Tensor) -> Coefficients:
-        """Return the coefficients; as an FFT leaves them, where it is one that finds them."""
+        """Return the coefficients; as an FFT leaves them, where it is one that finds them, or as a kernel does."""
+        if (found := ops.dct_energies(matrix, self._dim, self.ranking)) is not None:
+            return Ranked(*found, self.side)
         return cosine.spectrum(matrix, self._dim, squares=self.ranking == "l2") or super().analyze(matrix)
 
     def _matrix(self, like: Tensor) -> Tensor:

@@ -256,10 +256,10 @@ class MFAC(RuleOptimizer):
             self._rule(group, params[0]).rebuild_(states, int(lead["window_step"]))
             self._recast.difference_update(params)
 
-    def _gradient(self, p: Tensor, group: Group) -> Tensor:
+    def _gradient(self, p: Tensor, group: Group, *, as_is: bool = False) -> Tensor:
         if p.grad is None:
             return torch.zeros((), dtype=compute_dtype(p), device=p.device).expand(p.shape)
-        grad = super()._gradient(p, group)
+        grad = super()._gradient(p, group, as_is=as_is)
         decay: Any = 0 if group["decoupled_weight_decay"] else group["weight_decay"]
         return grad.add(p, alpha=decay) if decay else grad
 

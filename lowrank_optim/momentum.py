@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import ops
 from lowrank_optim._types import (
     Factored,
     Move,
@@ -54,6 +55,10 @@ class Momentum:
     beta2: float | None = None
     less: float = 0.0
 
+    def takes(self, grad: Tensor) -> bool:
+        """Return whether kernels read it as it is."""
+        return self._plan(grad) is not None
+
     def init(self, shape: Sequence[int], new: NewState) -> State:
         """Allocate the momentum."""
         state = self.storage.init(_NAME, shape, new)
@@ -70,6 +75,14 @@ class Momentum:
         self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None]
     ) -> list[Update | None]:
         """Move the momenta where there is a move, advance them and return the updates."""
+        how = self._plan(grads[0])
+        if how is not None and self.steer is not None and not any(move is not None for move in moves):
+            numbers: dict[str, Any] = {"momentum": self.momentum, "nesterov": self.nesterov, "form": self.form}
+            seeds = [tick.seed for tick in ticks]
+            normalized = ops.normalized_momenta_(
+                grads, states, **numbers, eps=self.steer.eps, seeds=seeds, dtype=how.dtype
+            )
+            return list(self.steer.of_normalized(normalized, how))
         whole = torch.empty(len(grads), *grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
         for grad, state, tick, move, out in zip(grads, states, ticks, moves, whole, strict=True):
             moment = self.moment(state, grad.shape, grad.dtype)
@@ -103,6 +116,12 @@ class Momentum:
     def mean(self, tick: Tick) -> float:
         """Return what makes the momentum a mean of gradients."""
         return 1.0 if self.form == "ema" else 1 - self.momentum
+
+    def _plan(self, like: Tensor) -> Any:
+        """Return how a normalized momentum is steered where kernels make one; None elsewhere."""
+        if self.steer is None or self.beta2 is not None or self.less or not ops.in_one_pass(like):
+            return None
+        return self.steer.planned(like.shape, like.device.type)
 
     def _look_ahead(self, grad: Tensor, moment: Tensor, out: Tensor) -> None:
         if self.form == "ema":

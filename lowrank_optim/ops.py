@@ -1,10 +1,6 @@
 """One name per operation; the only file that chooses between a kernel and plain torch."""
 
 import contextlib
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -12,18 +8,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_optim import reference, reference_apply, reference_matrix
-from lowrank_optim._types import Factored, Scaled, Update, dense
-
-Backend = Literal["auto", "torch", "triton"]
-
-_backend: ContextVar[Backend] = ContextVar("lowrank_optim_backend", default="auto")
+from lowrank_optim._backend import fills, takes_triton
+from lowrank_optim._half import HALF, multiplies
+from lowrank_optim._types import Factored, Scaled, State, Update, dense
 
 Halves = reference_matrix.Halves
 adam_direction_ = reference.adam_direction_
 almost_orthogonal = reference_matrix.almost_orthogonal
 gram_newton_schulz = reference_matrix.gram_newton_schulz
 newton_schulz = reference_matrix.newton_schulz
-normalized = reference_matrix.normalized
 normal = reference.normal
 orthonormalize = reference.orthonormalize
 dct = reference.dct
@@ -42,29 +35,6 @@ rounded_ = reference.rounded_
 unit = reference.unit
 
 
-@contextlib.contextmanager
-def backend(name: Backend) -> Iterator[None]:
-    """Choose who computes within the block.
-
-    Args:
-        name: "auto" takes what is known to be fastest, "torch" and "triton" take that one or raise. Nothing has shown
-            a kernel to be faster than torch's own fused ones yet, so today "auto" is "torch".
-
-    Raises:
-        ValueError: for another name.
-        RuntimeError: "triton" where it cannot run; said when the block is entered or when it meets a CPU tensor.
-    """
-    if name not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', not {name!r}")
-    if name == "triton" and not _has_triton():
-        raise RuntimeError("backend('triton'): Triton is not installed (pip install triton)")
-    token = _backend.set(name)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
-
 def adam_directions_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -75,23 +45,103 @@ def adam_directions_(
     steps: list[int],
 ) -> list[Tensor]:
     """Advance the moments of a bucket in place and return each m̂ / (√v̂ + ε)."""
-    if _takes_triton(grads[0]):
-        from lowrank_optim.kernels.adam import adam_direction_ as direction_
-    elif type(grads[0]) is Tensor and grads[0].device.type in ("cpu", "cuda"):
+    if type(grads[0]) is Tensor and grads[0].device.type in ("cpu", "cuda"):
         return _fused_directions_(grads, exp_avgs, exp_avg_sqs, betas=betas, eps=eps, steps=steps)
-    else:
-        direction_ = reference.adam_direction_
-    return [
-        direction_(g, m, v, betas=betas, eps=eps, step=t)
-        for g, m, v, t in zip(grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    ]
+    rows = zip(grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    return [adam_direction_(g, m, v, betas=betas, eps=eps, step=t) for g, m, v, t in rows]
+
+
+def in_one_pass(x: Tensor) -> bool:
+    """Return whether kernels pass over gradients like `x` and what is kept of their moments."""
+    return takes_triton(x, faster=x.dtype != torch.float64)
+
+
+def stored_adam_directions_(
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    steps: list[int],
+    seeds: list[int],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Advance the moments as each state keeps them, and return each scale · m̂ / (√v̂ + ε) in `dtype`, or float32.
+
+    All in one kernel, where `in_one_pass`.
+    """
+    from lowrank_optim.kernels import adam as kernel
+
+    kept = _kept_as(states[0]["exp_avg"], grads[0].numel())
+    numbers: dict[str, Any] = {"betas": betas, "eps": eps, "steps": steps, "seeds": seeds, "scale": scale}
+    return kernel.stored_adam_directions_(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
+
+
+def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return x / max(‖x‖_F, eps) of each matrix in `dtype`, computed in float32 or better."""
+    if torch.float64 in (x.dtype, dtype) or not takes_triton(x, faster=True):
+        return reference_matrix.normalized(x, eps=eps, dtype=dtype)
+    from lowrank_optim.kernels import normalized as kernel
+
+    return kernel.normalized(x, eps=eps, dtype=dtype)
+
+
+def dct_energies(x: Tensor, dim: int, ranking: Literal["l2", "l1"]) -> tuple[Tensor, Tensor] | None:
+    """Return the DCT-II of a matrix in its 16 bits and what it has along each DCT column; None where no kernel does."""
+    if x.dtype not in HALF or not takes_triton(x, faster=True):
+        return None
+    from lowrank_optim.kernels import dct as kernel
+
+    if not kernel.supports(x.size(dim), x.dtype, x.device):
+        return None
+    return kernel.dct_energies(x, dim, out_dtype=x.dtype, ranking=ranking)
+
+
+def normalized_momenta_(
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    momentum: float,
+    nesterov: bool,
+    form: Literal["ema", "sum"],
+    eps: float,
+    seeds: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Advance the momenta as each state keeps them, and return the updates over their norms, stacked, in `dtype`.
+
+    All in two kernels, where `in_one_pass`.
+    """
+    from lowrank_optim.kernels import momentum as kernel
+
+    kept = _kept_as(states[0]["momentum_buffer"], grads[0].numel())
+    numbers: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "form": form, "eps": eps}
+    return kernel.normalized_momenta_(grads, states, state_dtype=kept, **numbers, seeds=seeds, dtype=dtype)
+
+
+def _kept_as(moment: Tensor, numel: int) -> str:
+    """Return the name of the storage that a first moment is in."""
+    if moment.dtype == torch.int8:
+        return "int8" if moment.numel() == numel else "int4"
+    return str(moment.dtype).removeprefix("torch.")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return A B; where one of two matrices is of 16 bits the other is rounded to those, and sums are in float32."""
+    if a.dtype == b.dtype and a.dtype not in HALF:
+        return a @ b
+    if type(a) is Tensor and a.is_cuda:
+        dtype = a.dtype if a.dtype in HALF else b.dtype
+        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    return reference.product(a, b)
 
 
 def symmetric(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.0
 ) -> Tensor:
     """Return alpha·A Bᵀ + beta·C + gamma·I for matrices (b, n, k) and (b, n, n) that make it symmetric."""
-    if not _takes_triton(a):
+    if not takes_triton(a, faster=fills(a)):
         return reference_matrix.symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
     from lowrank_optim.kernels import symmetric as kernel
 
@@ -101,13 +151,29 @@ def symmetric(
 
 
 class Whole(reference_matrix.Whole):
-    """Products of whole matrices, the symmetric ones by whoever `backend` names."""
+    """Products of whole matrices, the symmetric ones by whoever `backend` names.
+
+    On a GPU W is one matrix: a copy of X to add Z X to costs more than rounding W does.
+    """
 
     def symmetric(
-        self, a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> Tensor:
         """Do as `symmetric`."""
-        return symmetric(a, b, c, alpha=alpha, beta=beta)
+        return symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
+
+    def polynomial(self, r: Tensor, a: float, b: float, c: float) -> Tensor | reference_matrix.Sum:
+        """Return W, in one part where a device is fast."""
+        if multiplies(r):
+            return self.symmetric(r, r.mT, r, alpha=c, beta=b, gamma=a)
+        return super().polynomial(r, a, b, c)
 
     def advanced(self, r: Tensor, w: Tensor) -> Tensor:
         """Return R W², or W R W where one triangle of it is computed.
@@ -115,7 +181,9 @@ class Whole(reference_matrix.Whole):
         As R and W, rounded, do not commute, neither R W nor R W² is symmetric, and a mirrored triangle of either is
         wrong where R has small eigenvalues. W R W is symmetric whatever rounding has done.
         """
-        return self.symmetric(w, (r @ w).mT) if _takes_triton(r) else super().advanced(r, w)
+        if takes_triton(r, faster=fills(r)):
+            return self.symmetric(w, (r @ w).mT)
+        return super().advanced(r, w)
 
 
 def apply_(
@@ -133,12 +201,14 @@ def apply_(
     that the update takes the same way, or leaves alone.
     """
     cautious = cautious and weight_decay != 0
+    numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
+    # of a parameter the tensor; a sharded one stays one
+    param = param.detach()
     if isinstance(update, Factored | Scaled):
         if not cautious and (param.dim() == 2 or param.is_contiguous()):
             product = update if isinstance(update, Factored) else update.plus
             scaled = (update.matrix, update.factors) if isinstance(update, Scaled) else None
-            whole = param.flatten(1)
-            reference_apply.apply_sum_(whole, product, scaled, lr=lr, weight_decay=weight_decay, seed=seed)
+            _apply_sum_(param.flatten(1), product, scaled, **numbers)
             return
         # signs are those of the whole; and in channels_last, flatten(1) of a convolution would be a copy
         update = dense(update)
@@ -146,7 +216,35 @@ def apply_(
         # bits are looked at, so each rank rounds its own part
         param, update = _local(param, param), _local(update, param)
     update = update.view_as(param)
-    reference_apply.apply_(param, update, lr=lr, weight_decay=weight_decay, seed=seed, cautious=cautious)
+    if takes_triton(param, faster=multiplies(param) or update.dtype in HALF):
+        from lowrank_optim.kernels import apply as kernel
+
+        kernel.apply_(param, update, **numbers, cautious=cautious)
+    else:
+        reference_apply.apply_(param, update, **numbers, cautious=cautious)
+
+
+def _apply_sum_(
+    param: Tensor,
+    product: Factored | None,
+    scaled: tuple[Tensor, Tensor] | None,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    seed: int | None,
+) -> None:
+    """Do as `reference_apply.apply_sum_`; a device multiplies factors that are rounded to the weight's 16 bits."""
+    numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
+    halves = None if product is None or not multiplies(param) else [x.to(param.dtype) for x in product]
+    if halves is not None and scaled is None and seed is None and not isinstance(lr, Tensor):
+        # one call decays, multiplies in float32, and rounds once
+        param.addmm_(*halves, beta=1 - lr * weight_decay, alpha=-lr)
+    elif takes_triton(param, faster=multiplies(param)):
+        from lowrank_optim.kernels import factored_add as kernel
+
+        kernel.apply_sum_(param, product if halves is None else (halves[0], halves[1]), scaled, **numbers)
+    else:
+        reference_apply.apply_sum_(param, product, scaled, **numbers)
 
 
 def _local(x: Any, like: Any) -> Tensor:
@@ -185,21 +283,6 @@ def _fused_directions_(
         maximize=False,
     )
     return directions
-
-
-def _takes_triton(x: Tensor) -> bool:
-    if _backend.get() != "triton":
-        return False
-    if type(x) is Tensor and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return True
-    raise RuntimeError(
-        f"backend('triton'): a {type(x).__name__} on {x.device} needs a CUDA device, "
-        "or TRITON_INTERPRET=1 set before Triton is imported"
-    )
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

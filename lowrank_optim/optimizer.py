@@ -1,7 +1,7 @@
 """The one step loop, the one reload, and the eager, tensor-only state."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
+from lowrank_optim._half import takes
 from lowrank_optim._state import FORMAT_VERSION, check_groups, code_dtype, filled, pairs, shapes, spread, with_roles
 from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
@@ -17,6 +18,8 @@ Group = dict[str, Any]
 StateDict = dict[str, Any]
 Loss = TypeVar("Loss")
 
+# a GPU waits for the host unless that hands it more at once
+_GPU = 4
 # added to a seed, so that a weight is not rounded as its moments are
 _WEIGHT = 0x5851F42D
 
@@ -30,8 +33,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
-            bytes of temporaries; a parameter that needs more is stepped alone. A decomposition of a matrix needs
-            about three more copies of that matrix while it runs.
+            bytes of temporaries (four times as many on a GPU); a parameter that needs more is stepped alone. A
+            decomposition of a matrix needs about three more copies of that matrix while it runs.
     """
 
     chunk_bytes: ClassVar[int] = 64 << 20
@@ -169,7 +172,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             # a tensor stays on its device; of no dimensions it mixes with every dtype and device
             lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
-        grads = [self._gradient(p, group) for p in params]
+        as_is = takes(rule, cast("Tensor", params[0].grad))
+        grads = [self._gradient(p, group, as_is=as_is) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         probes.chunk(params)
@@ -190,8 +194,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         for params in buckets.values():
             rule = self._rule(group, params[0])
             self._check_kept(rule, params)
-            need = rule.need(params[0].shape) * compute_dtype(params[0]).itemsize
-            size = max(1, self.chunk_bytes // max(1, need))
+            as_is = takes(rule, cast("Tensor", params[0].grad))
+            count = getattr(rule, "need_as_is", rule.need) if as_is else rule.need
+            need = count(params[0].shape) * compute_dtype(params[0]).itemsize
+            room = self.chunk_bytes * (_GPU if params[0].is_cuda else 1)
+            size = max(1, room // max(1, need))
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
 
@@ -218,10 +225,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                         f"{tuple(need.shape)}; make a new optimizer, or keep the group as it was"
                     )
 
-    def _gradient(self, p: Tensor, group: Group) -> Tensor:
-        """Return what descends, in the dtype of the mathematics."""
+    def _gradient(self, p: Tensor, group: Group, *, as_is: bool = False) -> Tensor:
+        """Return what descends, in the dtype of the mathematics or as it is."""
         assert p.grad is not None
-        grad = p.grad.to(compute_dtype(p))
+        grad = p.grad if as_is else p.grad.to(compute_dtype(p))
         return -grad if group["maximize"] else grad
 
     def _taken(self, p: Tensor) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops
+from lowrank_optim._half import multiplies
 from lowrank_optim._types import Factored, NewState, Side, State
 
 
@@ -75,23 +76,32 @@ class Orthonormal:
         m, n = shape
         return self.rank * {"left": m, "right": n, "both": m + n}[self.side]
 
+    def takes(self, grad: Tensor) -> bool:
+        """Return whether products with it are made in its 16 bits."""
+        return multiplies(grad)
+
+    def rounded(self, state: State, dtype: torch.dtype) -> State:
+        """Return the state with the basis in the 16 bits that it is multiplied in, in memory of its own."""
+        return state | {name: state[name].to(dtype) for name in ("basis", "basis_right") if name in state}
+
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return the coordinates."""
         if self.side == "right":
-            return grad @ state["basis"].mT
-        coords = state["basis"].mT @ grad
-        return coords @ state["basis_right"].mT if self.side == "both" else coords
+            return ops.product(grad, state["basis"].mT)
+        coords = ops.product(state["basis"].mT, grad)
+        return ops.product(coords, state["basis_right"].mT) if self.side == "both" else coords
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors."""
         if self.side == "right":
             return Factored(coords, state["basis"])
-        return Factored(state["basis"], coords @ state["basis_right"] if self.side == "both" else coords)
+        return Factored(state["basis"], ops.product(coords, state["basis_right"]) if self.side == "both" else coords)
 
     def follow_(self, state: State, grad: Tensor, moment: Tensor, weights: tuple[float, float], seed: int = 0) -> None:
         """Set the basis from the sum."""
         kept, new = weights
-        self.refresh_(state, torch.addmm(grad, *self.lift(state, moment), beta=new, alpha=kept), seed)
+        matrix = grad.to(moment.dtype)
+        self.refresh_(state, torch.addmm(matrix, *self.lift(state, moment), beta=new, alpha=kept), seed)
 
     def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> None:
         """Set the basis again."""
@@ -116,7 +126,7 @@ class Orthonormal:
         """Randomized range finder (Halko et al., arXiv 0909.4061) from a fixed private seed: one product and one QR."""
         left = self.side != "right"
         rows = grad if left else grad.mT
-        basis = _range(rows, ops.normal((rows.size(1), self.rank), 0, grad))
+        basis = _range(rows, ops.normal((rows.size(1), self.rank), 0, state["basis"]))
         state["basis"].copy_(basis if left else basis.mT)
         if self.side == "both":
             state["basis_right"].copy_(_range(grad.mT, basis).mT)
@@ -125,9 +135,9 @@ class Orthonormal:
         """One block power iteration: an orthonormal basis of G Gᵀ P (left), of Gᵀ G Pᵀ (right), or of each in turn."""
         basis = state["basis"]
         if self.side == "left":
-            basis.copy_(_range(grad, ops.unit(grad.mT @ basis)))
+            basis.copy_(_range(grad, ops.unit(ops.product(grad.mT, basis))))
         elif self.side == "right":
-            basis.copy_(_range(grad.mT, ops.unit(grad @ basis.mT)).mT)
+            basis.copy_(_range(grad.mT, ops.unit(ops.product(grad, basis.mT))).mT)
         else:
             basis.copy_(_range(grad, state["basis_right"].mT))
             state["basis_right"].copy_(_range(grad.mT, basis).mT)
@@ -142,7 +152,7 @@ class SVD(Orthonormal):
 
     def refresh_(self, state: State, grad: Tensor, seed: int = 0) -> None:
         """Decompose the gradient; raises `torch.linalg.LinAlgError` when LAPACK does not converge."""
-        u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+        u, _, vh = torch.linalg.svd(grad.to(state["basis"].dtype), full_matrices=False)
         if self.side == "right":
             state["basis"].copy_(vh[: self.rank])
             return
@@ -192,10 +202,10 @@ class RandomizedSVD(Orthonormal):
         rows = grad.mT if self.side == "right" else grad
         # (long or short, r + few): an orthonormal basis of nearly all that matters of the columns of `rows`
         count = min(self.rank + self.oversample, *rows.shape)
-        found = _range(rows, ops.normal((rows.size(1), count), seed, grad))
+        found = _range(rows, ops.normal((rows.size(1), count), seed, state["basis"]))
         for _ in range(self.iterations):
-            found = _range(rows, ops.unit(rows.mT @ found))
-        u, _, vh = torch.linalg.svd(ops.unit(found.mT @ rows), full_matrices=False)
+            found = _range(rows, ops.unit(ops.product(rows.mT, found)))
+        u, _, vh = torch.linalg.svd(ops.unit(ops.product(found.mT, rows)), full_matrices=False)
         leading = found @ u[:, : self.rank]
         state["basis"].copy_(leading.mT if self.side == "right" else leading)
         if self.side == "both":
@@ -203,4 +213,4 @@ class RandomizedSVD(Orthonormal):
 
 
 def _range(matrix: Tensor, vectors: Tensor) -> Tensor:
-    return ops.orthonormalize(ops.unit(matrix @ vectors))
+    return ops.orthonormalize(ops.unit(ops.product(matrix, vectors)))

@@ -30,7 +30,7 @@ class Random(Orthonormal):
         """Draw; nothing is asked of the gradient."""
         for place, (name, kept) in enumerate((n, state[n]) for n in ("basis", "basis_right") if n in state):
             rows = kept if name == "basis" and self.side != "right" else kept.mT
-            rows.copy_(ops.orthonormalize(ops.normal(tuple(rows.shape), seed + place, grad)))
+            rows.copy_(ops.orthonormalize(ops.normal(tuple(rows.shape), seed + place, kept)))
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ def _parts_of(base: Tensor, xs: list[Tensor]) -> bool:
     return len(xs) == base.size(0) and all(part == (True, like, start + i * step) for i, part in enumerate(parts))
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return A B in float32; where one is of 16 bits the other is rounded to those first."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.to(dtype).to(torch.float32) @ b.to(dtype).to(torch.float32)
+
+
 def orthonormalize(x: Tensor) -> Tensor:
     """Return Q of the QR decomposition of `x` (..., m, r) whose R has a nonnegative diagonal.
 

@@ -1,8 +1,10 @@
 """How a weight is written, in plain torch; see `reference`."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lowrank_optim.reference import rounded_
+from lowrank_optim.reference import adam_direction_, rounded_
 
 # rows of a low-precision weight are updated in blocks of this many float32 elements
 _BLOCK = 1 << 20
@@ -88,6 +90,39 @@ def apply_sum_(
             scaled_part = matrix[some], factors if factors.size(0) == 1 else factors[some]
         _add_(value, part, None if scaled is None else scaled_part, alpha)
         param[some].copy_(value if seed is None else rounded_(value, param.dtype, [seed + start * param.size(1)]))
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Advance moments and weights as `torch.optim.AdamW`: param ← (1 − lr·wd)·param − lr·m̂ / (√v̂ + ε), rounded once.
+
+    Args:
+        params: in any precision up to that of the moments.
+        grads: of their shapes.
+        exp_avgs: of their shapes.
+        exp_avg_sqs: the same.
+        steps: of each, counted from 1.
+        lr: a number or a tensor of no dimensions.
+        betas: of the two moments.
+        eps: is added to the root of the second.
+        weight_decay: per unit of lr.
+        seeds: of the rounding, one each; None rounds to the nearest.
+    """
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        grad = grad.to(exp_avg.dtype)
+        update = adam_direction_(grad, exp_avg, exp_avg_sq, betas=betas, eps=eps, step=steps[i])
+        apply_(param, update, lr=lr, weight_decay=weight_decay, seed=None if seeds is None else seeds[i])
 
 
 def _add_(

@@ -26,31 +26,38 @@ class Arithmetic(Protocol):
         """Return R, the Gram matrix of the short side of `x`."""
         ...
 
-    def polynomial(self, r: Any, b: float, c: float) -> Any:
-        """Return b·R + c·R²."""
+    def polynomial(self, r: Any, a: float, b: float, c: float) -> Any:
+        """Return W = a + b·R + c·R², perhaps in two parts: `Sum`."""
         ...
 
-    def product(self, q: Any, z: Any, a: float) -> Any:
-        """Return Q (a + Z), rounded once."""
+    def whole(self, w: Any) -> Any:
+        """Return W in one part."""
+        ...
+
+    def product(self, q: Any, w: Any) -> Any:
+        """Return Q W."""
         ...
 
     def advanced(self, r: Any, w: Any) -> Any:
-        """Return R W²."""
+        """Return R W², of a W in one part."""
         ...
 
-    def shifted(self, z: Any, a: float) -> Any:
-        """Return Z + a."""
+    def times(self, w: Any, x: Tensor) -> Tensor:
+        """Return W X."""
         ...
 
-    def times(self, z: Any, x: Tensor, a: float) -> Tensor:
-        """Return (a + Z) X, rounded once."""
-        ...
+
+class Sum(NamedTuple):
+    """a + Z, not added: their sum, rounded, would lose what a sum of products rounded once keeps."""
+
+    z: Any
+    a: float
 
 
 def newton_schulz(x: Tensor, triples: Sequence[Triple], arithmetic: Arithmetic) -> Tensor:
     """Return U p(S) Vᵀ for x = U S Vᵀ, where p is the composition of the steps x·(a + b·x² + c·x⁴)."""
     for a, b, c in triples:
-        x = arithmetic.times(arithmetic.polynomial(arithmetic.gram(x), b, c), x, a)
+        x = arithmetic.times(arithmetic.polynomial(arithmetic.gram(x), a, b, c), x)
     return x
 
 
@@ -67,14 +74,13 @@ def gram_newton_schulz(x: Tensor, triples: Sequence[Triple], restarts: Sequence[
             continue
         r, q = arithmetic.gram(x), None
         for step in range(start, stop):
-            a, b, c = triples[step]
-            z = arithmetic.polynomial(r, b, c)
-            w = arithmetic.shifted(z, a)
-            q = w if q is None else arithmetic.product(q, z, a)
+            w = arithmetic.polynomial(r, *triples[step])
+            whole = arithmetic.whole(w) if q is None or step + 1 < stop else None
+            q = whole if q is None else arithmetic.product(q, w)
             if step + 1 < stop:
                 # with the W that Q has, rounded as it is: R goes with what X will be
-                r = arithmetic.advanced(r, w)
-        x = arithmetic.times(q, x, 0.0)
+                r = arithmetic.advanced(r, whole)
+        x = arithmetic.times(q, x)
     return x
 
 
@@ -148,36 +154,43 @@ class Whole:
     """Plain products of whole matrices."""
 
     def symmetric(
-        self, a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> Tensor:
-        """Return alpha·A Bᵀ + beta·C, which is symmetric: what a subclass may compute one triangle of."""
-        return symmetric(a, b, c, alpha=alpha, beta=beta)
+        """Return alpha·A Bᵀ + beta·C + gamma·I, which is symmetric: what a subclass may compute one triangle of."""
+        return symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
 
     def gram(self, x: Tensor) -> Tensor:
         """Return X Xᵀ or Xᵀ X."""
         rows = x.mT if _tall(x) else x
         return self.symmetric(rows, rows)
 
-    def polynomial(self, r: Tensor, b: float, c: float) -> Tensor:
-        """Return b·R + c·R²."""
+    def polynomial(self, r: Tensor, a: float, b: float, c: float) -> Tensor | Sum:
+        """Return a and b·R + c·R²."""
         # transposed twice: of whole matrices R is symmetric only but for rounding
-        return self.symmetric(r, r.mT, r, alpha=c, beta=b)
+        return Sum(self.symmetric(r, r.mT, r, alpha=c, beta=b), a)
 
-    def product(self, q: Tensor, z: Tensor, a: float) -> Tensor:
+    def whole(self, w: Tensor | Sum) -> Tensor:
+        """Return the sum."""
+        return _shift_(w.z.clone(), w.a) if isinstance(w, Sum) else w
+
+    def product(self, q: Tensor, w: Tensor | Sum) -> Tensor:
         """Return a·Q + Q Z, rounded once."""
-        return self.symmetric(q, z.mT, q, beta=a)
+        return self.symmetric(q, w.z.mT, q, beta=w.a) if isinstance(w, Sum) else self.symmetric(q, w.mT)
 
     def advanced(self, r: Tensor, w: Tensor) -> Tensor:
         """Return R W²."""
         return r @ w @ w
 
-    def shifted(self, z: Tensor, a: float) -> Tensor:
-        """Return Z + a."""
-        return _shift_(z.clone(), a)
-
-    def times(self, z: Tensor, x: Tensor, a: float) -> Tensor:
+    def times(self, w: Tensor | Sum, x: Tensor) -> Tensor:
         """Return a·X + Z X or a·X + X Z, rounded once."""
-        return _times(z, x, a)
+        return _times(w.z, x, w.a) if isinstance(w, Sum) else _times(w, x, 0.0)
 
 
 class Slabs(NamedTuple):
@@ -206,13 +219,13 @@ class Halves:
         out.left[:, h:].copy_(out.bottom[..., :h])
         return out
 
-    def polynomial(self, r: Slabs, b: float, c: float) -> Slabs:
-        """Return b·R + c·R²."""
-        return _half_product(r, r, r, b, c) if c != 0 else Slabs(b * r.left, b * r.bottom)
+    def polynomial(self, r: Slabs, a: float, b: float, c: float) -> Sum:
+        """Return a and b·R + c·R²."""
+        return Sum(_half_product(r, r, r, b, c) if c != 0 else Slabs(b * r.left, b * r.bottom), a)
 
-    def product(self, q: Slabs, z: Slabs, a: float) -> Slabs:
+    def product(self, q: Slabs, w: Sum) -> Slabs:
         """Return a·Q + Q Z; Q and Z commute but for rounding, and here they do."""
-        return _half_product(q, z, q, a, 1.0)
+        return _half_product(q, w.z, q, w.a, 1.0)
 
     def advanced(self, r: Slabs, w: Slabs) -> Slabs:
         """Return W R W, which is symmetric whatever rounding has done to R and W."""
@@ -230,15 +243,16 @@ class Halves:
         out.bottom[..., :h].copy_(out.left[:, h:])
         return out
 
-    def shifted(self, z: Slabs, a: float) -> Slabs:
-        """Return Z + a."""
-        h, out = z.left.size(-1), Slabs(z.left.clone(), z.bottom.clone())
-        _shift_(out.left[:, :h], a)
-        _shift_(out.bottom[..., h:], a)
+    def whole(self, w: Sum) -> Slabs:
+        """Return the sum."""
+        h, out = w.z.left.size(-1), Slabs(w.z.left.clone(), w.z.bottom.clone())
+        _shift_(out.left[:, :h], w.a)
+        _shift_(out.bottom[..., h:], w.a)
         return out
 
-    def times(self, z: Slabs, x: Tensor, a: float) -> Tensor:
+    def times(self, w: Sum | Slabs, x: Tensor) -> Tensor:
         """Return a·X + Z X or a·X + X Z."""
+        z, a = w if isinstance(w, Sum) else (w, 0.0)
         h, out = z.left.size(-1), torch.empty_like(x)
         if _tall(x):
             torch.baddbmm(x[..., :h], x, z.left, beta=a, out=out[..., :h])

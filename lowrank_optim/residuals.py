@@ -54,9 +54,13 @@ class Drop(_Plain):
 
     scale: float = 1.0
 
+    def takes(self, grad: Tensor) -> bool:
+        """Return True: the gradient is not looked at."""
+        return True
+
     def _update_(self, basis: Basis, state: State, look: Look) -> Update:
         """Return the direction, lifted."""
-        return basis.lift(state, look.direction.mul_(self.scale))
+        return basis.lift(state, look.direction if self.scale == 1 else look.direction.mul_(self.scale))
 
 
 @dataclass(frozen=True)

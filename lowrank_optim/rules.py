@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import probes
+from lowrank_optim._half import takes
 from lowrank_optim._types import (
     Basis,
     Lifted,
@@ -21,6 +22,7 @@ from lowrank_optim._types import (
     State,
     Tick,
     Update,
+    compute_dtype,
     dense,
     matrix_shape,
 )
@@ -88,6 +90,10 @@ class Projected:
         inner = self.inner.init(self.basis.coords_shape(matrix), new)
         return self.basis.init(matrix, new) | self.schedule.init(new) | inner | self.residual.init(matrix, new)
 
+    def takes(self, grad: Tensor) -> bool:
+        """Return whether basis and residual do."""
+        return takes(self.residual, grad) and takes(self.basis, grad)
+
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
         """Refresh where it is due, project, run the inner rule, and return what the residual makes of it."""
         found: list[Update | None] = [None] * len(grads)
@@ -98,19 +104,25 @@ class Projected:
         if not live:
             return found
         kept, clocks, moves = [states[i] for i in live], [ticks[i] for i in live], [turned[i].move for i in live]
+        rule, residual = self.inner, self.residual
+        if grads[0].dtype != compute_dtype(grads[0]):
+            # factors of updates of such weights are rounded to their dtype anyway
+            rule, residual = _folded(rule, residual, grads[0].dtype)
+            kept = [cast("Any", self.basis).rounded(state, grads[0].dtype) for state in kept]
         coords = self._coords(kept, [seen[i] for i in live], [turned[i].coords for i in live])
         inner: Iterable[Update | None]
         if any(move is not None for move in moves):
-            inner = cast("Portable", self.inner).moved_updates(coords, kept, clocks, moves)
+            inner = cast("Portable", rule).moved_updates(coords, kept, clocks, moves)
         else:
-            inner = self.inner.updates(coords, kept, clocks)
+            inner = rule.updates(coords, kept, clocks)
         looks: dict[int, Look] = {}
         for i, r, update in zip(live, coords, inner, strict=True):
             probes.captured(i, seen[i], r)
             if update is not None:
                 # the inner rule hands over what it returns, so it may be written to
                 looks[i] = Look(seen[i], r, dense(update), ticks[i], turned[i].lost)
-        made = self.residual.updates(self.basis, [states[i] for i in looks], list(looks.values())) if looks else []
+        seen_by = dict(zip(live, kept, strict=True))
+        made = residual.updates(self.basis, [seen_by[i] for i in looks], list(looks.values())) if looks else []
         for i, update in zip(looks, made, strict=True):
             found[i] = update
         return found
@@ -125,6 +137,11 @@ class Projected:
             inner += (7 if self.residual.recovers else 5) * coords
         # coordinates and their direction are there while an update is made of them
         return (1 + self.residual.held) * whole + max(2 * whole, whole + 2 * coords, inner)
+
+    def need_as_is(self, shape: Sequence[int]) -> int:
+        """Count coordinates, directions and a rounded basis: gradients are there, and updates are never formed."""
+        matrix = matrix_shape(shape)
+        return 2 * math.prod(self.basis.coords_shape(matrix)) + self.basis.numel(matrix)
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
         if isinstance(self.basis, Together):
@@ -160,7 +177,9 @@ class Projected:
         if not grads:
             return []
         # the only place on the step path where the host waits for the device, but for adaptive schedules
-        sizes: list[float] = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).tolist()
+        sizes: list[float] = torch.stack(
+            [torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)) for grad in grads]
+        ).tolist()
         return sizes
 
     def _set_basis_(self, i: int, state: State, seen: Tensor, tick: Tick) -> "_Turned":
@@ -187,7 +206,7 @@ class Projected:
         moment = None
         if self.follow is not None or self.residual.recovers:
             shape = self.basis.coords_shape(matrix_shape(seen.shape))
-            moment = cast("Portable", self.inner).moment(state, shape, seen.dtype)
+            moment = cast("Portable", self.inner).moment(state, shape, compute_dtype(seen))
         if self.follow is None or moment is None:
             coords = self.basis.refresh_(state, seen, tick.seed)
         else:
@@ -204,6 +223,14 @@ class Projected:
         # a copy: the stored moment has moved when the residual looks at what it was
         before = self.basis.lift(old, moment.clone())
         return _Turned(coords, move, (before, self.basis.lift(state, move.first(moment))))
+
+
+def _folded(rule: Rule, residual: Residual, dtype: torch.dtype) -> tuple[Rule, Residual]:
+    """Return a rule whose directions are in this dtype and scaled already, where it can, and the residual without."""
+    scale = getattr(residual, "scale", None)
+    if scale is None or not hasattr(rule, "dtype"):
+        return rule, residual
+    return replace(cast("Any", rule), dtype=dtype, scale=scale), replace(cast("Any", residual), scale=1.0)
 
 
 @dataclass(frozen=True)

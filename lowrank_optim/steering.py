@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,6 +90,11 @@ class Steered:
     shape: tuple[int, int] | None = None
 
     @property
+    def eps(self) -> float:
+        """Return the least norm that a direction divides by."""
+        return float(getattr(self.direction, "eps", 0.0))
+
+    @property
     def copies(self) -> int:
         """Return how many tensors of a parameter's size are there at once: gradient, weight, and all between them."""
         # an exact polar factor is made in float64
@@ -112,6 +117,24 @@ class Steered:
             for i, kept in enumerate(row_avg_sqs):
                 kept.copy_(averages[i])
         return found
+
+    def planned(self, shape: Sequence[int], device: str) -> Any:
+        """Return how a parameter of this shape is steered once it is normalized; None if it is not one matrix.
+
+        What a direction means by normalized, and how it is done then, is its own.
+        """
+        plain = len(shape) >= 2 and self.layout.split is None and (self.layout.flatten or len(shape) == 2)
+        asked = getattr(self.direction, "planned", None)
+        if asked is None or not plain or self.adjust == NUCLEAR:
+            return None
+        return asked((shape[0], math.prod(shape[1:])), device)
+
+    def of_normalized(self, x: Tensor, how: Any) -> Tensor:
+        """Return the updates of normalized parameters (k, *shape), in their dtype."""
+        matrices = x.flatten(2)
+        made: Tensor = cast("Any", self.direction).of_normalized(matrices, how)
+        factor = ADJUSTMENTS[self.adjust](*(self.shape or matrices.shape[-2:]))
+        return (made if factor == 1 else made.mul_(factor)).view_as(x)
 
 
 def _even_(made: Tensor, row_avg_sq: Tensor, beta2: float) -> None:

@@ -1,8 +1,6 @@
 """Symmetric products in Triton: against their plain twin where they run interpreted, and compiled for absent GPUs."""
 
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -216,11 +214,13 @@ def test_it_refuses_what_it_would_misread(arguments: tuple[Tensor, ...], message
 
 
 def test_the_table_is_whole() -> None:
-    whole = partial(tiles_for, aligned=True)
-    assert whole(1, 2) == whole(1023, 2) == TILES[2][1]
-    assert whole(1024, 2) == whole(1 << 20, 2) == TILES[2][1024]
-    assert whole(1, 4) == whole(1 << 20, 4) == TILES[4][1]
-    assert {tiles_for(n, size, aligned=False) for n in (1, 1 << 20) for size in (2, 4)} == set(ODD_TILES.values())
+    cpu, own = torch.device("cpu"), TILES["sm_90a"]
+    whole = partial(tiles_for, device=cpu, aligned=True)
+    assert whole(1, 2) == whole(511, 2) == own[2][1]
+    assert whole(512, 2) == whole(1 << 20, 2) == own[2][512]
+    assert whole(1, 4) == whole(1 << 20, 4) == own[4][1]
+    assert {tiles_for(n, size, cpu, aligned=False) for n in (1, 1 << 20) for size in (2, 4)} == set(ODD_TILES.values())
+    assert all(min(sides) == 1 and list(sides) == sorted(sides) for of in TILES.values() for sides in of.values())
     assert list(SPLITS) == sorted(SPLITS)
     # a long K only, and short sides only
     assert [parts_of(n, 1 << 20) for n in (1, 64, 65, 256, 257, 511, 512)] == [32, 32, 32, 16, 4, 4, 1]
@@ -231,10 +231,9 @@ def test_the_table_is_whole() -> None:
 def test_operands_are_aligned_where_every_row_begins_so() -> None:
     x = torch.zeros(4, 64, 96, dtype=torch.bfloat16)
     for good in (x, x.mT, x[1:], x[:, :32, 16:32], x.mT[:1]):
-        assert kernel._aligned(*good.shape[1:], good, good)
+        assert kernel._aligned(*good.shape[1:], *good.stride())
     for bad in (x[:, :, 1:], x[:, :, 8:], x[:, 1:], x[..., ::3], torch.zeros(1, 64, 97)[..., :96]):
-        assert not kernel._aligned(*bad.shape[1:], bad, bad)
-    assert not kernel._aligned(64, 96, x[:, :, 1:], x)
+        assert not kernel._aligned(*bad.shape[1:], *bad.stride())
 
 
 def test_the_twin_takes_every_number() -> None:
@@ -346,131 +345,6 @@ def test_a_cpu_without_the_interpreter_is_refused() -> None:
     assert run_alone(ALONE).strip() == (
         "backend('triton'): a Tensor on cpu needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported"
     )
-
-
-AHEAD_OF_TIME = """
-import json, pathlib, re, subprocess, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from lowrank_optim.kernels._launch import ODD_TILES, TILES
-from lowrank_optim.kernels.symmetric import sum_parts_kernel, symmetric_kernel
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90a": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# what arrives as 1, by the product: X X^T, X^T X in parts, b R + c R^2, their sum, one 1x1 matrix, an odd n and k
-ONES = {
-    "gram": {"a_column", "b_column", "parts"},
-    "tall": {"a_row", "b_row"},
-    "polynomial": {"a_column", "b_row", "c_column", "parts"},
-    "sum": {"c_column"},
-    "one": {"n", "k", "tiles", "parts", "steps", "a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column"},
-    "sum of one": {"n", "tiles", "c_column"},
-    "odd": {"a_column", "b_row", "c_column", "parts"},
-}
-# the launch table itself decides what is built
-WORK = [("bf16", tiles, product) for tiles in TILES[2].values() for product in ("gram", "tall", "polynomial")]
-WORK += [("fp32", tiles, product) for tiles in TILES[4].values() for product in ("gram", "tall", "polynomial")]
-WORK += [("fp16", TILES[2][1024], "polynomial")]
-WORK += [("bf16", TILES[2][1], "sum"), ("fp32", TILES[4][1], "one"), ("fp32", TILES[4][1], "sum of one")]
-WORK += [("bf16", ODD_TILES[2], "odd"), ("fp32", ODD_TILES[4], "odd")]
-tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-found = {}
-for dtype, tiles, product in WORK:
-    kernel = sum_parts_kernel if product.startswith("sum") else symmetric_kernel
-    split = product == "tall"
-    has_c = product in ("polynomial", "odd") or kernel is sum_parts_kernel
-    constants = {"SIDE": tiles.side, "HAS_C": has_c, "INTERPRETED": False, "DEPTH": tiles.depth, "SPLIT": split}
-    constants |= dict.fromkeys(ONES[product], 1)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {}
-    for name in kernel.arg_names:
-        pointer = "*fp32" if name == "parts_ptr" or (name == "out_ptr" and split) else "*" + dtype
-        number = "fp32" if name in ("alpha", "beta", "gamma") else "i32"
-        types[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else number
-    # torch's allocations are, and n and k and so the strides of most matrices; the counts of what there is are not
-    aligned = {name for name in types if types[name][0] == "*" or (types[name] == "i32" and product != "odd")}
-    aligned -= {"tiles", "parts", "steps"}
-    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    for target_name, target in TARGETS.items():
-        if "one" in product and target_name != "sm_90a":
-            # that constants have no type is a matter of the language, not of the target
-            continue
-        source = ASTSource(kernel, types, constexprs=constants, attrs=hints)
-        options = {"num_warps": tiles.warps} | ({} if kernel is sum_parts_kernel else {"num_stages": tiles.stages})
-        built = triton.compile(source, target=target, options=options)
-        if target.backend == "cuda":
-            cubin = pathlib.Path(sys.argv[1]) / "built.cubin"
-            cubin.write_bytes(built.asm["cubin"])
-            usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin], text=True)
-            keys, text = "(STACK|LOCAL):", built.asm["ptx"]
-        else:
-            usage = text = built.asm["amdgcn"]
-            keys = r"\\.(vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\\s*"
-        words = re.findall(r"(?:wgmma|mma\\.sync|v_mfma_)[\\w.]+|cp\\.async\\.c\\w|\\w+dwordx4|v4\\.b32|tf32", text)
-        found[f"{target_name} {dtype} {tiles.side} {product}"] = {
-            "spilled": {key: int(number) for key, number in re.findall(keys + r"(\\d+)", usage)},
-            "shared": built.metadata.shared,
-            "words": {word: words.count(word) for word in set(words)},
-        }
-print(json.dumps(found))
-"""
-
-# bytes of shared memory that a program may have: of sm_89, which runs what is compiled for sm_80 and has less; of
-# sm_90; of gfx942
-LIMITS = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "gfx942": 64 << 10}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Both kernels as shipped, compiled for three GPUs in one process that has none of them."""
-    folder = tmp_path_factory.mktemp("ahead")
-    return json.loads(run_alone(AHEAD_OF_TIME, str(folder), TRITON_CACHE_DIR=str(folder / "cache")))
-
-
-def test_every_shipped_configuration_compiles_without_spills_and_fits(built: dict[str, dict[str, Any]]) -> None:
-    products = ("gram", "tall", "polynomial")
-    shipped = {f"bf16 {tiles.side} {product}" for tiles in TILES[2].values() for product in products}
-    shipped |= {f"fp32 {tiles.side} {product}" for tiles in TILES[4].values() for product in products}
-    shipped |= {f"bf16 {ODD_TILES[2].side} odd", f"fp32 {ODD_TILES[4].side} odd"}
-    assert {f"{target} {name}" for target in LIMITS for name in shipped} <= set(built)
-    for name, numbers in built.items():
-        target, spilled = name.split()[0], numbers["spilled"]
-        assert len(spilled) == (3 if target == "gfx942" else 2), name
-        if name.endswith("odd"):
-            # there AMD's scalars go to lanes of vector registers, and nothing to memory
-            spilled.pop("sgpr_spill_count", None)
-        assert not any(spilled.values()), name
-        assert 0 < numbers["shared"] <= LIMITS[target], name
-
-
-def test_every_product_is_one_of_matrix_instructions(built: dict[str, dict[str, Any]]) -> None:
-    kinds = {"sm_80": r"mma\.sync\.\S+\.f32\.{0}\.{0}\.f32", "sm_90a": r"wgmma\.mma_async\S+\.f32\.{0}\.{0}"}
-    for name, numbers in built.items():
-        target, dtype, _, product = name.split(" ", 3)
-        words = " ".join(numbers["words"])
-        if product.startswith("sum"):
-            continue
-        if target == "gfx942":
-            assert re.search(rf"v_mfma_f32_\w+_?{ {'fp32': 'f32', 'fp16': 'f16'}.get(dtype, dtype) }", words), name
-        elif dtype != "fp32":
-            assert re.search(kinds[target].format({"fp16": "f16"}.get(dtype, dtype)), words), name
-        else:
-            # NVIDIA's have no float32: only the ordinary ones keep its precision
-            assert "mma" not in words, name
-            assert "tf32" not in words, name
-
-
-def test_tiles_of_aligned_matrices_are_copied_in_whole_vectors(built: dict[str, dict[str, Any]]) -> None:
-    for name, numbers in built.items():
-        target, _, _, product = name.split(" ", 3)
-        if product in ("gram", "tall", "polynomial"):
-            words = numbers["words"]
-            assert sum(n for word, n in words.items() if "dwordx4" in word or word == "v4.b32") >= 4, name
-            assert target == "gfx942" or words["cp.async.cg" if words.get("cp.async.cg") else "cp.async.ca"] >= 8, name
 
 
 def test_what_ships_is_what_is_imported() -> None:

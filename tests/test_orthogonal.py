@@ -391,8 +391,10 @@ def test_plans():
     assert plan("gram", (512, 600), half, "cpu", jordan).restarts == (1, 2, 3, 4)
     assert plan("gram", (32, 128), torch.float64, "cpu", jordan).restarts == (1, 3)
     # other devices: by the count of multiplications, and only what they know
-    assert auto((512, 2048), torch.float16, "cuda") == Plan("gram", torch.float16, (1, 3))
-    assert auto((128, 2048), half, "cuda") == Plan("newton_schulz", half)
+    assert auto((512, 2048), torch.float16, "cuda") == Plan("gram", torch.float16, (2,))
+    assert auto((512, 2048), half, "cuda", table("deepseek")) == Plan("gram", torch.float16, (2, 5, 8))
+    assert auto((128, 2048), half, "cuda") == Plan("newton_schulz", torch.float16)
+    assert plan("gram", (512, 2048), half, "cuda", jordan) == Plan("gram", half, (1, 3))
     assert auto((512, 2048), half, "other") == Plan("newton_schulz", half)
     assert plan("eigh", (4, 4), half, "cpu", jordan) == Plan("eigh", torch.float64)
     assert plan("eigh", (4, 4), half, "mps", jordan) == Plan("eigh", torch.float32)

@@ -83,6 +83,18 @@ def test_adam_equals_its_twin_anywhere(shape: tuple[int, ...], beta1: float, bet
     assert_twins(shape, torch.float32, LAYOUTS["contiguous"], (beta1, beta2), eps, steps=3)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (1 << 20,)], ids=str)
+def test_a_direction_is_rounded_once_to_the_dtype_that_is_asked_for(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    grad = torch.randn(shape, device="cuda")
+    moments = [torch.rand(shape, device="cuda") for _ in range(2)]
+    numbers: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "step": 3}
+    whole = adam.adam_direction_(grad, *(m.clone() for m in moments), **numbers)
+    direction = adam.adam_direction_(grad, *moments, **numbers, dtype=dtype)
+    assert torch.equal(direction, whole.to(dtype))
+
+
 def test_adam_addresses_more_elements_than_fit_32_bits() -> None:
     numel = (1 << 31) + 1000
     free, _ = torch.cuda.mem_get_info()
@@ -129,19 +141,19 @@ def _train(name: Any, dtype: torch.dtype, steps: int = 7) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_optimizer_on_the_kernel_equals_one_on_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    real = adam.adam_direction_
+    real = adam.stored_adam_directions_
 
-    def watched(grad: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(tuple(grad.shape))
-        return real(grad, *args, **kwargs)
+    def watched(grads: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+        seen.extend(tuple(grad.shape) for grad in grads)
+        return real(grads, *args, **kwargs)
 
-    monkeypatch.setattr(adam, "adam_direction_", watched)
-    # auto is whatever is known to be fastest, which is not this kernel yet
-    _train("auto", dtype)
+    monkeypatch.setattr(adam, "stored_adam_directions_", watched)
     expected = _train("torch", dtype)
     assert seen == []
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
-    weights = _train("triton", dtype)
-    # the kernel did run: the coordinates of two matrices and a bias, each step
-    assert seen == [(8, 96), (64,), (200, 8)] * 7
-    torch.testing.assert_close(weights, expected, **tolerance)
+    for name in ("auto", "triton"):
+        weights = _train(name, dtype)
+        # the kernel did run: the coordinates of two matrices and a bias, each step
+        assert seen == [(8, 96), (64,), (200, 8)] * 7
+        torch.testing.assert_close(weights, expected, **tolerance)
+        seen.clear()

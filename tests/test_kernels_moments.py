@@ -1,0 +1,383 @@
+"""Adam with stored moments in one kernel: interpreted, against its plain twin, and compiled for absent GPUs."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowrank_optim import reference, reference_moments
+from lowrank_optim.adam import _APART, Adam
+from lowrank_optim.storage import STATE_DTYPES, storage
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from lowrank_optim._types import Tick
+from lowrank_optim.kernels import adam, moments
+from lowrank_optim.kernels._launch import launch_shape
+from tests.ahead import SHARED, Built, Job, assert_fits, compiled
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
+)
+
+State = dict[str, Tensor]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one element, odd, a block of either kind exactly, blocks and a rest, more than a program's
+SHAPES = [(1,), (3, 5), (64,), (256,), (7, 101), (33, 65)]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+NUMBERS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def fresh(shape: tuple[int, ...], state_dtype: str, count: int = 1) -> list[State]:
+    """Return moments that are zero."""
+
+    def new(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    kept: Any = storage(state_dtype)
+    return [kept.init("exp_avg", shape, new) | kept.init("exp_avg_sq", shape, new, signed=False) for _ in range(count)]
+
+
+def copies(states: list[State]) -> list[State]:
+    return [{name: x.clone() for name, x in state.items()} for state in states]
+
+
+def gradient(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Return numbers of very different magnitudes."""
+    return (scale * torch.randn(shape) * torch.rand(shape) ** 4).to(dtype)
+
+
+def codes(x: Tensor, packed: bool) -> Tensor:
+    return (reference.unpack(x, 2 * x.numel()) if packed else x).int()
+
+
+def assert_kept(ours: list[State], twins: list[State], state_dtype: str, scale: float = 1.0) -> None:
+    """Scales and float32 are the same but for rounding; codes are, but for a few that are one apart.
+
+    A first moment is a sum of gradients of about `scale`, and may be much smaller than they are.
+    """
+    for our, twin in zip(ours, twins, strict=True):
+        for name, expected in twin.items():
+            atol = 2e-38 if name.startswith("exp_avg_sq") else 1e-6 * scale
+            if expected.dtype == torch.float32:
+                torch.testing.assert_close(our[name], expected, rtol=1e-6, atol=atol)
+                continue
+            apart = (codes(our[name], state_dtype == "int4") - codes(expected, state_dtype == "int4")).abs()
+            if expected.dtype == torch.bfloat16:
+                apart = our[name] != expected
+                torch.testing.assert_close(our[name], expected, rtol=2.0**-7, atol=atol)
+            assert apart.numel() == 0 or apart.max() <= 1, name
+            assert apart.count_nonzero() <= 1 + expected.numel() / 1000, name
+
+
+def assert_twins(
+    shape: tuple[int, ...],
+    state_dtype: str,
+    *,
+    grad_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    betas: tuple[float, float] = (0.9, 0.999),
+    scale: float = 1.0,
+    count: int = 1,
+    rounds: int = 3,
+) -> None:
+    twins = fresh(shape, state_dtype, count)
+    for step in range(1, rounds + 1):
+        ours = copies(twins)
+        grads = [LAYOUTS[layout](gradient(shape, grad_dtype, scale)) for _ in range(count)]
+        before = [grad.clone() for grad in grads]
+        how: dict[str, Any] = {
+            "state_dtype": state_dtype,
+            "betas": betas,
+            "eps": 1e-8,
+            "steps": [step + 5 * i for i in range(count)],
+            # more than 31 bits, and such that counters wrap around
+            "seeds": [(0xFFFFFFF0 + 977 * i + step) % (1 << 32) for i in range(count)],
+            "scale": (1.0, 0.25, 128.0)[step % 3],
+        }
+        directions = adam.stored_adam_directions_(grads, ours, **how, dtype=dtype)
+        expected = reference_moments.stored_adam_directions_(grads, twins, **how)
+        assert all(torch.equal(x, y) for x, y in zip(grads, before, strict=True))
+        for direction, whole in zip(directions, expected, strict=True):
+            assert direction.dtype == dtype
+            assert direction.shape == shape
+            assert direction.is_contiguous()
+            half = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+            torch.testing.assert_close(direction.float(), whole, rtol=1e-5 + half, atol=1e-5 * how["scale"])
+        assert_kept(ours, twins, state_dtype, scale)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), *SHAPES, (3, 256)], ids=str)
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_the_twin_keeps_what_storage_keeps(state_dtype: str, shape: tuple[int, ...]) -> None:
+    ours, theirs = fresh(shape, state_dtype), fresh(shape, state_dtype)
+    kept: Any = storage(state_dtype)
+    for seed in (5, (1 << 32) - 3):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = gradient(shape) if name == "exp_avg" else gradient(shape).square()
+            kept.write_(theirs, name, [moment.clone()], [seed])
+            reference_moments.write_moment_(ours[0], name, moment, state_dtype, seed)
+            assert ours[0].keys() == theirs[0].keys()
+            assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0])
+            read = reference_moments.read_moment(ours[0], name, shape, state_dtype)
+            assert torch.equal(read, kept.read(theirs, name, shape, torch.float32)[0])
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_the_twin_does_what_the_rule_does(state_dtype: str) -> None:
+    shape = (40, 33)
+    ours, theirs = fresh(shape, state_dtype, 2), fresh(shape, state_dtype, 2)
+    rule = Adam(storage(state_dtype))
+    ticks = [Tick(3, 0.25), Tick(8, 0.5)]
+    grads = [gradient(shape) for _ in ticks]
+    expected = rule.updates(grads, theirs, ticks)
+    steps, seeds = [tick.step for tick in ticks], [tick.seed for tick in ticks]
+    found = reference_moments.stored_adam_directions_(
+        grads, ours, state_dtype=state_dtype, steps=steps, seeds=seeds, **NUMBERS
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_kept(ours, theirs, state_dtype)
+    assert adam._APART.value == reference_moments._APART == _APART
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_it_equals_its_twin(state_dtype: str, shape: tuple[int, ...], grad_dtype: torch.dtype) -> None:
+    assert_twins(shape, state_dtype, grad_dtype=grad_dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_many_in_one_launch_equal_their_twins(state_dtype: str, layout: str, dtype: torch.dtype) -> None:
+    assert_twins((9, 31), state_dtype, grad_dtype=torch.float16, dtype=dtype, layout=layout, count=3, rounds=2)
+
+
+@interpreted
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), min_size=0, max_size=2).map(tuple),
+    state_dtype=st.sampled_from(STATE_DTYPES),
+    beta1=st.floats(0, 0.99),
+    beta2=st.floats(0.5, 0.9999),
+    scale=st.sampled_from([1e-30, 1e-15, 1e-3, 1e3, 1e15]),
+    count=st.integers(1, 2),
+)
+def test_it_equals_its_twin_anywhere(
+    shape: tuple[int, ...], state_dtype: str, beta1: float, beta2: float, scale: float, count: int
+) -> None:
+    assert_twins(shape, state_dtype, betas=(beta1, beta2), scale=scale, count=count, rounds=2)
+
+
+@interpreted
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_a_matrix_gets_the_same_bits_alone_and_among_others(state_dtype: str) -> None:
+    shape = (20, 30)
+    together, alone = fresh(shape, state_dtype, 3), fresh(shape, state_dtype, 3)
+    for step in (1, 2):
+        grads = [gradient(shape) for _ in range(3)]
+        how: dict[str, Any] = {"state_dtype": state_dtype, **NUMBERS}
+        steps, seeds = [step, 7, 100], [step, 1, 1 << 31]
+        found = adam.stored_adam_directions_(grads, together, steps=steps, seeds=seeds, **how)
+        for i in range(3):
+            some = slice(i, i + 1)
+            direction = adam.stored_adam_directions_(
+                grads[some], alone[some], steps=steps[some], seeds=seeds[some], **how
+            )
+            assert torch.equal(direction[0], found[i])
+            assert all(torch.equal(alone[i][key], together[i][key]) for key in alone[i])
+    assert reference.stacks(found)[0].shape == (3, *shape)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8", "int4"])
+def test_blocks_of_nan_inf_zero_and_of_the_smallest_numbers(state_dtype: str) -> None:
+    size = moments.ROWS_OF[state_dtype]
+    grad = gradient((5 * size + 3,))
+    blocks = [grad[start : start + size] for start in range(0, grad.numel(), size)]
+    blocks[0][5], blocks[1][9], blocks[5][2] = float("nan"), float("inf"), float("-inf")
+    blocks[2].zero_()
+    blocks[3].mul_(1e-37)
+    ours, twins = fresh(grad.shape, state_dtype), fresh(grad.shape, state_dtype)
+    how: dict[str, Any] = {"state_dtype": state_dtype, "steps": [1], "seeds": [3], **NUMBERS}
+    found = adam.stored_adam_directions_([grad], ours, **how)[0]
+    expected = reference_moments.stored_adam_directions_([grad], twins, **how)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for name in ("exp_avg", "exp_avg_sq"):
+        read, wanted = (reference_moments.read_moment(s[0], name, grad.shape, state_dtype) for s in (ours, twins))
+        assert torch.equal(read.isfinite(), wanted.isfinite())
+        assert torch.equal(read.isfinite().all(), torch.tensor(False))
+        if state_dtype != "bfloat16":
+            bad = torch.cat([read[: 2 * size], read[5 * size :]])
+            assert not bad.isfinite().any()
+        good = read[2 * size : 5 * size]
+        assert good.isfinite().all()
+        torch.testing.assert_close(good, wanted[2 * size : 5 * size], rtol=1e-5, atol=1e-44)
+    # and so they are read again
+    found = adam.stored_adam_directions_([torch.ones_like(grad)], ours, **how)[0]
+    expected = reference_moments.stored_adam_directions_([torch.ones_like(grad)], twins, **how)[0]
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@interpreted
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8", "int4"])
+def test_what_does_not_change_is_kept_as_it_is(state_dtype: str) -> None:
+    """Moments that the gradient leaves alone: m = g, v = g², but for rounding."""
+    state = fresh((1024,), state_dtype)[0]
+    sign = torch.randn(1024).sign()
+    scale = 2.0 ** torch.randint(-8, 8, (1024 // 64, 1)).expand(-1, 64).reshape(-1)
+    if state_dtype == "int8":
+        scale = scale[0]
+    reference_moments.write_moment_(state, "exp_avg", sign * scale, state_dtype, 1)
+    reference_moments.write_moment_(state, "exp_avg_sq", scale.square().expand(1024), state_dtype, 1)
+    before = copies([state])[0]
+    for seed in range(3):
+        adam.stored_adam_directions_(
+            [sign * scale], [state], state_dtype=state_dtype, steps=[9], seeds=[seed], betas=(0.5, 0.5), eps=1e-8
+        )
+        assert all(torch.equal(state[key], before[key]) for key in state)
+
+
+@interpreted
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_it_writes_its_own_elements_only_and_needs_no_alignment(state_dtype: str, count: int) -> None:
+    shape = (327,)
+    whole, parts = [], []
+    for state in fresh(shape, state_dtype, count):
+        memory = {name: torch.full((x.numel() + 2,), 77, dtype=x.dtype) for name, x in state.items()}
+        whole += memory.values()
+        parts.append({name: x[1:-1].zero_() for name, x in memory.items()})
+    twins = copies(parts)
+    grads = [gradient((count, 329))[i, 1:-1] for i in range(count)]
+    how: dict[str, Any] = {"state_dtype": state_dtype, "steps": [1] * count, "seeds": [3] * count, **NUMBERS}
+    adam.stored_adam_directions_(grads, parts, **how)
+    reference_moments.stored_adam_directions_(grads, twins, **how)
+    assert_kept(parts, twins, state_dtype)
+    assert all(x[0] == 77 and x[-1] == 77 for x in whole)
+
+
+def refused(match: str, grads: list[Tensor], states: list[State], state_dtype: str = "int8", **how: Any) -> None:
+    numbers: dict[str, Any] = {"steps": [1] * len(grads), "seeds": [0] * len(grads), **NUMBERS, **how}
+    with pytest.raises(ValueError, match=match):
+        adam.stored_adam_directions_(grads, states, state_dtype=state_dtype, **numbers)
+
+
+def test_it_refuses_what_it_would_misread() -> None:
+    grad, state = torch.ones(4, 100), fresh((4, 100), "int8")[0]
+    refused("state_dtype must be one of 'float32', .*, not 'int2'", [grad], [state], "int2")
+    refused(r"needs contiguous torch.int8 exp_avg of shape \(200,\)", [grad], [state], "int4")
+    refused("needs contiguous torch.bfloat16 exp_avg of shape", [grad], [state], "bfloat16")
+    for name, x in state.items():
+        for bad in (x[:-1], x.double(), torch.stack([x, x], -1)[..., 0], x.to("meta")):
+            refused(rf"of int8 moments needs contiguous {x.dtype} {name} of shape", [grad], [state | {name: bad}])
+    refused("needs as much of everything", [grad, grad], [state])
+    refused("needs as much of everything", [], [])
+    refused("needs as much of everything", [grad], [state], seeds=[1, 2])
+    refused(r"needs gradients of shape \(4, 100\), .* not torch.float64", [grad, grad.double()], [state, state])
+    refused("needs float32, bfloat16 or float16 gradients", [grad.double()], [state])
+    refused("needs a direction of float32, bfloat16 or float16", [grad], [state], dtype=torch.int8)
+    assert all(not x.any() for x in state.values())
+
+
+@interpreted
+def test_a_program_may_be_of_other_sizes() -> None:
+    grad = gradient((3000,))
+    found = []
+    for launch in ((256, 1), (2048, 4), None):
+        state = fresh(grad.shape, "int4")
+        how: dict[str, Any] = {"state_dtype": "int4", "steps": [1], "seeds": [5], **NUMBERS}
+        direction = adam.stored_adam_directions_([grad], state, launch=launch, **how)[0]
+        found.append([direction, *state[0].values()])
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+# what a launch of each kind is: of the gradient, of the direction, whether from a table
+LAUNCHES = [("fp32", "fp32", False), ("bf16", "bf16", True)]
+
+
+def job(state_dtype: str, grad: str, direction: str, table: bool, whole: bool = True) -> Job:
+    block, warps = launch_shape(1 << 20, interpreted=False)
+    size = moments.ROWS_OF[state_dtype]
+    first = {"float32": "*fp32", "bfloat16": "*bf16"}.get(state_dtype, "*i8")
+    second = first.replace("i8", "u8")
+    scale = "*fp32" if size == 64 or state_dtype == "int8" else first
+    numbers = ("beta1", "beta2", "weight1", "weight2", "ratio", "eps")
+    types = {"grad_ptr": "*" + grad, "direction_ptr": "*" + direction, "table_ptr": "*i64"}
+    types |= {"first_ptr": first, "first_scale_ptr": scale, "second_ptr": second, "second_scale_ptr": scale}
+    types |= {"numel": "i32", "seed": "i32"} | dict.fromkeys(numbers, "fp32")
+    constants = {"ROWS": block // size, "SIZE": size, "STORAGE": state_dtype, "TABLE": table, "ALIGNED": whole}
+    unaligned = ("seed",) if whole else ("seed", "numel")
+    options = {"num_warps": warps}
+    targets = tuple(SHARED) if whole else ("sm_90a",)
+    return Job("adam", "adam_direction_kernel", types, constants | {"INTERPRETED": False}, unaligned, options, targets)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    jobs = {f"{kept} {launch[0]}": job(kept, *launch) for kept in STATE_DTYPES for launch in LAUNCHES}
+    jobs |= {f"{kept} odd": job(kept, "fp32", "bf16", True, False) for kept in ("float32", "int4")}
+    return compiled(jobs, tmp_path_factory.mktemp("ahead"))
+
+
+def test_every_storage_compiles_without_spills(built: dict[str, Built]) -> None:
+    assert len(built) == len(SHARED) * len(LAUNCHES) * len(STATE_DTYPES) + 2
+    for name, one in built.items():
+        assert_fits(name, one)
+        assert one.registers is None or one.registers <= (128 if "odd" in name else 64), name
+
+
+def test_accesses_are_as_wide_as_eight_elements_a_thread_let_them_be(built: dict[str, Built]) -> None:
+    """16 bytes at once of float32 and bfloat16, 8 of bytes, and 4 of two codes in a byte."""
+    wide = {"float32": "v4.b32", "bfloat16": "v4.b32", "int8": "v2.b32", "int4": "b32"}
+    for name, one in built.items():
+        target, kept, kind = name.split()
+        if kind == "odd":
+            continue
+        if target == "gfx942":
+            # 4 elements a lane
+            loads, stores = (len(re.findall(rf"(?:global|buffer)_{x}_dwordx4", one.text)) for x in ("load", "store"))
+            assert loads >= (kind == "fp32") + 2 * (kept == "float32"), name
+            assert stores >= (kind == "fp32") + 2 * (kept == "float32"), name
+            assert not re.search(r"(?:global|buffer)_(?:load|store)_[us]?byte", one.text), name
+            continue
+        grads = 2 if kind == "fp32" else 1
+        for access in ("ld", "st"):
+            assert f"{access}.global.{wide[kept]}" in one.text, name
+            assert one.text.count(f"{access}.global.v4.b32") == grads + {"float32": 4, "bfloat16": 2}.get(kept, 0), name
+            # nothing is read or written element by element but addresses, scales and what is in the table
+            assert not re.search(rf"{access}\.global\.(?:b8|b16|s8|u8|u16)\b", one.text), name
+
+
+def test_what_ships_is_what_is_imported() -> None:
+    assert Path(moments.__file__).resolve() == Path(__file__).parent.parent / "kernels" / "moments.py"
