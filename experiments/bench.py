@@ -1,7 +1,8 @@
 """Step time, worst step, state and peak extra memory of optimizers, measured side by side in one process.
 
     python -m experiments.bench --threads 2 --out experiments/results/bench_cpu.json
-    python -m experiments.bench --gpu --out experiments/results/bench_gpu.json
+    python -m experiments.bench --gpu
+    python -m experiments.bench --gpu --workload 25m 1b 7b --out experiments/results/bench_gpu.json
     python -m experiments.bench --family projected --threads 2 --out bench.json
     python -m experiments.bench --family muon --threads 2 --out experiments/results/bench_muon_cpu.json
     python -m experiments.bench --workload tiny --gap 5 --entries adamw_fused galore_subspace
@@ -14,14 +15,20 @@ Families "projected" and "muon": steps are much alike, so medians and minima are
 In "muon" operations are counted too, and some of its peers write to the gradients: there each optimizer is handed a
 fresh copy, outside its time.
 
+Family "kernels" is what --gpu measures where nothing else is asked for: two ceilings, every kernel as a fraction of the
+time that they allow, and whole steps beside their targets. It writes to experiments/results, by the device's name.
+
 Figures in parentheses are floors: the time this machine would need if memory moved at its copy bandwidth and arithmetic
 ran at its matrix-product speed, both measured in the same process.
 """
 
 import argparse
+import functools
 import json
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +37,12 @@ import torch
 from experiments.bench_entries import ENTRIES, FAMILIES
 from experiments.bench_flops import flop_report
 from experiments.bench_measure import Gradients, Limits, Racer, line_up, measure_extra, measure_limits, race
-from experiments.bench_tables import tables
+from experiments.bench_tables import kernel_tables, tables
+from experiments.bench_targets import CudaTimer, Figures, WallTimer, measure_ceilings, target_parts
 from experiments.bench_workloads import WORKLOADS, Workload, gradient_sets, least_work
 from experiments.machine import command, machine
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class BaselineError(ValueError):
@@ -136,12 +146,45 @@ def bench(
     return report | (flop_report({name: entries[name] for name in racers}, work, device) if flops else {})
 
 
+def bench_kernels(document: Figures, timer: WallTimer, save: Callable[[], None], *, shrink: int = 1) -> None:
+    """Add ceilings, kernels and targets to the document, and save it after each part; a part that fails is listed.
+
+    With `shrink` all sizes are that much smaller, for tests.
+    """
+    # Triton is not everywhere, and each test decides when it is imported
+    from experiments import bench_kernels as kernels
+
+    start = time.perf_counter()
+    ceilings, document["ceilings"] = measure_ceilings(timer, shrink)
+    document |= {"kernels": [], "targets": [], "failures": []}
+    parts: list[tuple[str, str, Callable[[], list[Figures]]]] = [
+        ("kernels", f"{case.kernel} {case.size}", functools.partial(kernels.measure, case, timer, ceilings))
+        for case in kernels.cases(timer.device, shrink)
+    ]
+    parts += [("targets", part.name, part.measure) for part in target_parts(timer, shrink)]
+    for where, name, measure in parts:
+        try:
+            document[where] += measure()
+        # whatever it is, the other parts are worth having
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            document["failures"].append({"part": name, "error": f"{type(error).__name__}: {said}"})
+        torch.cuda.empty_cache()
+        document["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{document['seconds']} s: {name}", file=sys.stderr, flush=True)
+        save()
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: 25m; with --gpu: 25m 1b 7b")
-    parser.add_argument("--family", choices=FAMILIES, default="galore", help="sets what the next four are by default")
+    parser.add_argument(
+        "--family",
+        choices=[*FAMILIES, "kernels"],
+        help="sets what the next four are by default; default: galore, or with --gpu and no workload kernels",
+    )
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, help="optimizers, default: all of the family")
     parser.add_argument("--baseline", choices=ENTRIES, help="ratios are to this one")
     parser.add_argument("--rounds", type=int, help="steps to time, instead of whole refresh periods")
@@ -152,7 +195,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="measure on the CUDA device")
     parser.add_argument("--out", type=Path, help="write the figures as JSON here")
     args = parser.parse_args(argv)
-    family = FAMILIES[args.family]
+    named = [name for name in ("workload", "entries", "baseline", "rounds", "flops") if getattr(args, name) is not None]
+    args.family = args.family or ("kernels" if args.gpu and not named else "galore")
+    if args.family == "kernels":
+        if named:
+            parser.error(f"--family kernels takes no --{named[0]}")
+        if not args.gpu:
+            parser.error("--family kernels needs --gpu")
+    family = FAMILIES.get(args.family, FAMILIES["galore"])
     args.entries = args.entries or list(family.names)
     args.baseline = args.baseline or family.baseline
     args.flops = family.flops if args.flops is None else args.flops
@@ -176,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = "cuda" if args.gpu else "cpu"
     document: dict[str, Any] = {"command": command("experiments.bench", argv), "machine": machine(device)}
+    if args.family == "kernels":
+        _bench_kernels(document, args.out)
+        return
     document["workloads"] = []
     for workload in args.workload:
         sizes = {"gap": args.gap, "periods": args.periods, "rounds": args.rounds}
@@ -189,8 +242,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(tables(report), flush=True)
         if args.out:
             # after every workload: a long run that is cut short keeps what it has
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(document, indent=1) + "\n")
+            _save(document, args.out)
+
+
+def _bench_kernels(document: Figures, out: Path | None) -> None:
+    name = re.sub("[^a-z0-9]+", "_", document["machine"]["device"].lower()).strip("_")
+    out = out or RESULTS / f"{name}.json"
+    document["machine"]["capability"] = list(torch.cuda.get_device_capability())
+    bench_kernels(document, CudaTimer(), lambda: _save(document, out))
+    print(kernel_tables(document), flush=True)
+
+
+def _save(document: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

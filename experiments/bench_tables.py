@@ -25,6 +25,50 @@ def tables(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def kernel_tables(document: Report) -> str:
+    """Ceilings, kernels and targets as Markdown tables."""
+    ceilings, machine = document["ceilings"], document["machine"]
+    versions = machine["versions"]
+    known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions)
+    lines = [
+        f"### {machine['device']}: {known}",
+        "",
+        f"Copy {ceilings['copy_gb_per_s']:.0f} GB/s, bfloat16 product of {ceilings['product_side']}³ "
+        f"{ceilings['bfloat16_tflop_per_s']:.4g} TFLOP/s. Of floor: the time that these allow over the median, "
+        "float32 arithmetic included.",
+        "",
+        "| kernel | size | median, µs | min, µs | floor, µs | of floor | torch, µs | torch ÷ kernel | host, µs | error "
+        "| torch form |",
+        "|---|---|" + "---:|" * 8 + "---|",
+        *map(_kernel, document["kernels"]),
+        "",
+        "Milliseconds. Steps are of LLaMA-7B's matrices, of Muon of one layer; busy: what the device worked.",
+        "",
+        "| target | ratio | at most | met | ours | other | host, ours | host, other | busy, ours | busy, other |",
+        "|---|" + "---:|" * 9,
+        *map(_target, document["targets"]),
+        "",
+        *(f"Failed: {row['part']}, {row['error']}." for row in document["failures"]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _kernel(row: Report) -> str:
+    cells = [row["kernel"], row["size"], *(f"{1e3 * row[f'{key}_ms']:.4g}" for key in ("median", "min", "floor"))]
+    cells += [f"{row['floor_fraction']:.2f}", f"{1e3 * row['torch']['median_ms']:.4g}"]
+    cells += [f"{row['torch_over_kernel']:.2f}", f"{1e3 * row['host_ms']:.3g}", f"{row['relative_error']:.1e}"]
+    return f"| {' | '.join(cells)} | {row['torch']['form']} |"
+
+
+def _target(row: Report) -> str:
+    cells = [row["target"], f"{row['figure']:.3f}", "" if row["most"] is None else f"{row['most']:g}"]
+    cells += [{None: "", True: "yes", False: "no"}[row["met"]]]
+    sides = (row["ours"], row.get("other", {}))
+    for key in ("median_ms", "host_ms", "busy_ms"):
+        cells += [_ms(side[key]) if key in side else "" for side in sides]
+    return f"| {' | '.join(cells)} |"
+
+
 def _with_floor(figures: Report, key: str, unit: str) -> str:
     show = _mib if unit == "bytes" else _ms
     return f"{show(figures[f'{key}_{unit}'])} ({show(figures[f'{key}_floor_{unit}'])})"

@@ -5,9 +5,13 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 # elements and warps of one program of an elementwise kernel
 ELEMENTWISE = (1024, 4)
+# the same where little is read and little is computed
+WIDE = (2048, 4)
 # the interpreter pays for each program, not for each element
 INTERPRETED = (1 << 16, 1)
 
@@ -37,8 +41,10 @@ BAND = 8
 # it gets the same bits in a stack of any size
 SPLITS = {64: (256, 32), 128: (512, 32), 256: (512, 16), 511: (1024, 4)}
 # of the Gram recursion, by the padded side: the largest n that each is for. None spills registers on sm_80, sm_90a and
-# gfx942; no time has been measured yet
+# gfx942
 RECURSIONS = (Tiles(16, 16, 1, 2), Tiles(32, 16, 4, 2), Tiles(64, 16, 4, 2), Tiles(128, 16, 8, 3))
+# in the place of those on sm_90a, where they were measured to be faster
+HOPPER_RECURSIONS = {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 32, 8, 2)}
 
 
 def launch_shape(numel: int, *, interpreted: bool) -> tuple[int, int]:
@@ -61,6 +67,12 @@ def tiles_for(n: int, itemsize: int, device: torch.device, *, aligned: bool) -> 
     if not aligned:
         return ODD_TILES[itemsize]
     return [tiles for side, tiles in TILES[architecture(device)][itemsize].items() if n >= side][-1]
+
+
+def recursion_tiles(n: int, device: torch.device) -> Tiles:
+    """Return the tiles of the Gram recursion of n×n matrices."""
+    tiles = next(tiles for tiles in RECURSIONS if n <= tiles.side)
+    return HOPPER_RECURSIONS.get(tiles.side, tiles) if architecture(device) == "sm_90a" else tiles
 
 
 def parts_of(n: int, k: int) -> int:
@@ -176,12 +188,22 @@ class ChosenTile(NamedTuple):
 
 # by the dimension of the rank: most of `along`, least of `others`, elements of a tile, and of a thread; no time has
 # been measured yet
-CHOSEN_TILES = {-1: (4096, 1, 1024, 8), -2: (256, 16, 4096, 16)}
+CHOSEN_TILES = {-1: (4096, 1, 1024, 4), -2: (256, 16, 4096, 16)}
+# so that a small rank gives work to many programs
+CHOSEN_OTHERS = 64
 
 
-def chosen_tile(r: int, dim: int) -> ChosenTile:
-    """Return the tile for coordinates of rank r along `dim`."""
+def chosen_tile(r: int, dim: int, lanes: int = 32) -> ChosenTile:
+    """Return the tile for coordinates of rank r along `dim`, on a device whose warps have so many threads."""
     most, least, elements, own = CHOSEN_TILES[dim]
     along = min(most, 1 << (r - 1).bit_length())
-    others = max(least, elements // along)
-    return ChosenTile(along, others, along * others // (32 * own))
+    others = min(CHOSEN_OTHERS, max(least, elements // along))
+    return ChosenTile(along, others, max(1, along * others // (lanes * own)))
+
+
+def traced(x: Tensor) -> bool:
+    """Return whether torch's compiler looks at what would be launched: kernels are wrapped, and addresses unknown.
+
+    16 then divides all of them, as it does those of torch's allocators; the compiler copies what is elsewhere.
+    """
+    return type(x) is not Tensor and isinstance(x, FunctionalTensor)

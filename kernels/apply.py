@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import STRIDED_TILE, launch_shape
+from ._launch import STRIDED_TILE, launch_shape, traced
 from ._rounding import rounded, wrapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,8 +17,9 @@ def rates(lr, decay, LR_ON_DEVICE: tl.constexpr):
     """Return lr and 1 − lr·wd; `decay` is that one already, or wd where `lr` points to the number."""
     if LR_ON_DEVICE:
         lr = tl.load(lr).to(tl.float32)
-        decay = 1.0 - lr * decay
-    return lr, decay
+        decay = 1.0 - lr * tl.cast(decay, tl.float32)
+    # a compiler of torch's passes numbers in float64
+    return tl.cast(lr, tl.float32), tl.cast(decay, tl.float32)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -102,9 +104,10 @@ def apply_(
         x = _matrix(param)
         y = update.reshape(x.shape)
     rate, decay = rate_and_decay(lr, weight_decay)
+    kernel, device = (wrap_triton(apply_kernel), -1) if traced(param) else (apply_kernel, param.get_device())
     # a kernel goes to the current device, which need not be the tensor's
-    with torch.cuda.device(param.get_device()):
-        apply_kernel[(triton.cdiv(x.size(0), rows) * triton.cdiv(x.size(1), columns),)](
+    with torch.cuda.device(device):
+        kernel[(triton.cdiv(x.size(0), rows) * triton.cdiv(x.size(1), columns),)](
             x,
             y,
             rate,

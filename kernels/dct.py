@@ -1,7 +1,6 @@
 """The DCT-II of the rows of a matrix as two small dense transforms, both in one program on matrix instructions."""
 
-import functools
-import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._dct_tables import tables
 from ._launch import DctSplit, dct_rows, dct_split
 from ._rounding import nearest
+from .moments import device_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # side of the tiles that are transposed
@@ -67,6 +68,7 @@ def dct_kernel(
     first_ptr,
     turns_ptr,
     second_ptr,
+    table_ptr,
     m,
     rows,
     stride,
@@ -77,9 +79,12 @@ def dct_kernel(
     SIDE2: tl.constexpr,
     SQUARES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TABLE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Transform `rows` rows, one after the other; store coefficients, and the sums of their squares or magnitudes.
+
+    With TABLE the program finds there where its matrix is, and `x_ptr` tells the type only.
 
     A row is X (N2×N1), X[j2, j1] = x[j1 + N1·j2]. With F = exp(−iπ k j2 / N2), T = exp(−iπ k (2 j1 + 1) / 2n) and
     Z = T ∘ (F X), coefficient 2·N2·q ± k is Σ Re Z[k, j1] cos(π q (2 j1 + 1) / N1) ± Im Z[k, j1] sin(the same).
@@ -102,6 +107,11 @@ def dct_kernel(
     minus_sum = tl.zeros((SIDE2, SIDE1 // 2), dtype=tl.float32)
     # int64, so that matrices of more than 2³¹ elements are addressed right
     program = tl.program_id(0).to(tl.int64)
+    if TABLE:
+        matrix = tl.program_id(1).to(tl.int64)
+        x_ptr = tl.multiple_of(tl.load(table_ptr + matrix).to(x_ptr.dtype), 16)
+        out_ptr += matrix * m * (N1 * N2)
+        partial_ptr += matrix * tl.num_programs(0) * (N1 * N2)
     x_ptr += program * rows * stride
     out_ptr += program * rows * (N1 * N2)
     for _ in range(0, tl.minimum(m - program * rows, rows).to(tl.int32)):
@@ -181,10 +191,26 @@ def dct_energies(
     Raises:
         ValueError: for a tensor that the kernel would misread, and a size that `supports` does not hold for.
     """
-    if x.dim() != 2 or x.dtype not in DTYPES or out_dtype not in DTYPES or dim not in (-1, -2):
+    out, energies = all_dct_energies([x], dim, out_dtype=out_dtype, ranking=ranking, split=split, rows=rows)
+    return out[0], energies[0]
+
+
+def all_dct_energies(
+    xs: Sequence[Tensor],
+    dim: int,
+    *,
+    out_dtype: torch.dtype,
+    ranking: Literal["l2", "l1"] = "l2",
+    split: DctSplit | None = None,
+    rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do as `dct_energies` for matrices of one shape, dtype and device, in one launch, and return both stacked."""
+    x = xs[0]
+    alike = all(other.shape == x.shape and other.dtype == x.dtype and other.device == x.device for other in xs)
+    if x.dim() != 2 or not alike or {x.dtype, out_dtype} - set(DTYPES) or dim not in (-1, -2):
         raise ValueError(
-            "the Triton DCT needs a matrix and an out_dtype of float32, bfloat16 or float16, and dim -1 or -2, "
-            f"not {x.dtype} of shape {tuple(x.shape)}, {out_dtype} and {dim}"
+            "the Triton DCT needs matrices of one shape and an out_dtype of float32, bfloat16 or float16, and dim -1 "
+            f"or -2, not {x.dtype} of shape {tuple(x.shape)}, {out_dtype} and {dim}"
         )
     m, n = x.shape if dim == -1 else x.mT.shape
     if ranking not in ("l2", "l1"):
@@ -194,25 +220,28 @@ def dct_energies(
         raise ValueError(f"the Triton DCT needs a size that is a product of two small numbers, not {n} of {x.dtype}")
     if split.first * split.second != n:
         raise ValueError(f"the Triton DCT needs a split of {n} elements, not {split}")
-    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    out = torch.empty((len(xs), m, n), dtype=out_dtype, device=x.device)
     rows = rows or dct_rows(m, split.warps)
     count = triton.cdiv(m, rows)
-    partial = torch.empty((count, n), dtype=torch.float32, device=x.device)
+    partial = torch.empty((len(xs), count, n), dtype=torch.float32, device=x.device)
     if m > 0:
-        first, turns, second, scale = _tables(split, x.dtype, x.device)
+        first, turns, second, scale = tables(split, x.dtype, x.device)
         # a kernel goes to the current device, which need not be the tensor's
         with torch.cuda.device(x.get_device()):
-            x = _rows(x if dim == -1 else x.mT)
-            dct_kernel[(count,)](
-                x,
+            xs = _alike([_rows(x if dim == -1 else x.mT) for x in xs])
+            # one matrix is where it is
+            table = device_table([(x.data_ptr(),) for x in xs], "q", x.device) if len(xs) > 1 else first
+            dct_kernel[(count, len(xs))](
+                xs[0],
                 out,
                 partial,
                 first,
                 turns,
                 second,
+                table,
                 m,
                 rows,
-                x.stride(0),
+                xs[0].stride(0),
                 scale,
                 N1=split.second,
                 N2=split.first,
@@ -221,11 +250,17 @@ def dct_energies(
                 SQUARES=ranking == "l2",
                 # of NVIDIA's matrix instructions three make one of nearly float32; AMD's have it
                 PRECISION="ieee" if x.itemsize == 2 or torch.version.hip else "tf32x3",
+                TABLE=len(xs) > 1,
                 INTERPRETED=not x.is_cuda,
                 num_warps=split.warps,
                 num_stages=split.stages,
             )
-    return out if dim == -1 else out.mT, partial.sum(0)
+    return out if dim == -1 else out.mT, partial.sum(1)
+
+
+def _alike(xs: list[Tensor]) -> list[Tensor]:
+    """Return matrices whose rows are as far apart in all of them."""
+    return xs if len({x.stride(0) for x in xs}) == 1 else [x.contiguous() for x in xs]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -238,44 +273,3 @@ def _rows(x: Tensor) -> Tensor:
     n, m = x.shape
     transpose_kernel[(triton.cdiv(m, _TILE) * triton.cdiv(n, _TILE),)](x, out, m, n, x.stride(1), TILE=_TILE)
     return out
-
-
-@functools.cache
-def _tables(split: DctSplit, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return F, T and the matrices of the second transform, padded with zeros, and what the result is multiplied by."""
-    n2, n1 = split[:2]
-    n = n1 * n2
-    j1, j2, q = (torch.arange(count, dtype=torch.float64, device="cpu") for count in (n1, n2, n1 // 2))
-    odd = 2 * j1 + 1
-    angles = torch.outer(j2, j2) * (math.pi / n2)
-    imag = -angles.sin()
-    imag[0] = (math.pi * j2).cos()
-    first, by = _rounded(torch.stack([angles.cos(), imag]), dtype)
-    turned = torch.outer(j2, odd) * (math.pi / (2 * n))
-    # of these numbers Z is as large as X is
-    turns = torch.stack([turned.cos(), -turned.sin()]) / (by * math.sqrt(n2))
-    waves = torch.outer(odd, q) * (math.pi / n1)
-    sines = waves.sin()
-    sines[:, 0] = (odd * (math.pi / 2)).sin()
-    between = torch.outer(odd, 2 * q + 1) * (math.pi / (2 * n1))
-    second, by = _rounded(torch.stack([waves.cos(), sines, between.cos()]), dtype)
-    side2, side1 = split.sides
-    first = _padded(first, side2, side2).to(device, dtype)
-    turns = _padded(turns, side2, side1).to(device, torch.float32)
-    second = _padded(second, side1, side1 // 2).to(device, dtype)
-    return first, turns, second, math.sqrt(2 / n1) / by
-
-
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, columns - x.size(2), 0, rows - x.size(1)))
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return a multiple of `x` that `dtype` holds with the least error, and the factor."""
-    # there are few different magnitudes, and these are most of them
-    values = x.abs().flatten().sort().values[:: max(1, x.numel() // 512)]
-    factors = 1 + torch.arange(1024, dtype=torch.float64, device="cpu") / 1024
-    scaled = torch.outer(factors, values)
-    errors = (scaled.to(dtype).double() - scaled).norm(dim=1) / factors
-    best = float(factors[errors.argmin()])
-    return x * best, best

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import ProductTiles, product_tiles_for
+from ._launch import ProductTiles, product_tiles_for, traced
 from ._rounding import rounded, wrapped
 from .apply import DTYPES, check_param, rate_and_decay, rates
 
@@ -219,9 +220,12 @@ def apply_sum_(
     operands = [param] if scaled is None else [param, matrix]
     tiles = tiles or product_tiles_for(left.itemsize, aligned=_aligned((n, r), *operands, left, right))
     rate, decay = rate_and_decay(lr, weight_decay)
+    kernel, device = factored_add_kernel, param.get_device()
+    if traced(param):
+        kernel, device = wrap_triton(factored_add_kernel), -1
     # a kernel goes to the current device, which need not be the tensor's
-    with torch.cuda.device(param.get_device()):
-        factored_add_kernel[(triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
+    with torch.cuda.device(device):
+        kernel[(triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
             param,
             left,
             right,
@@ -267,10 +271,14 @@ def _limits(param: Tensor, tiles: ProductTiles) -> dict[str, int]:
     """Return the limit of registers where it is known to cost no spill: on Hopper, for a weight of two bytes."""
     if tiles.registers is None or not param.is_cuda or torch.version.hip is not None or param.itemsize > 2:
         return {}
+    # torch's compiler knows no such limit
+    if traced(param):
+        return {}
     return {"maxnreg": tiles.registers} if torch.cuda.get_device_capability(param.device)[0] == 9 else {}
 
 
 def _aligned(sizes: tuple[int, ...], *operands: Tensor) -> bool:
     """Return whether Triton will find that the operands can be read in vectors."""
-    numbers = [*sizes, *(x.data_ptr() for x in operands), *(stride for x in operands for stride in x.stride())]
+    places = [x.data_ptr() for x in operands if not traced(x)]
+    numbers = [*sizes, *places, *(stride for x in operands for stride in x.stride())]
     return all(number % 16 == 0 or number == 1 for number in numbers)

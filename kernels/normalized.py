@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import MOMENTUM_PARTS, launch_shape
+from ._launch import MOMENTUM_PARTS, WIDE, launch_shape, traced
 from ._rounding import nearest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +63,8 @@ def normalized_kernel(
     # backwards, as the last that was read before is still in the cache
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     matrix = (program // parts).to(tl.int64)
-    power, rest = inverse_norm(sums_ptr + matrix * parts, parts, eps, PARTS)
+    # a compiler of torch's passes numbers in float64
+    power, rest = inverse_norm(sums_ptr + matrix * parts, parts, tl.cast(eps, tl.float32), PARTS)
     for step in range(steps):
         at = (program % parts * steps + steps - 1 - step).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + matrix * numel + at, mask=at < numel, other=0.0).to(tl.float32)
@@ -102,17 +104,20 @@ def normalized(
     if out.numel() == 0:
         return out
     count, numel = len(x), x.size(1) * x.size(2)
-    block, warps = launch or launch_shape(numel, interpreted=not x.is_cuda)
+    block, warps = launch or (WIDE if x.is_cuda else launch_shape(numel, interpreted=True))
     blocks = triton.cdiv(numel, block)
     steps = triton.cdiv(blocks, min(parts, MOMENTUM_PARTS))
     parts = triton.cdiv(blocks, steps)
     sums = torch.empty(count * parts, dtype=torch.float64, device=x.device)
     # a norm of float32 numbers is 0 or at least the smallest of them
-    least = max(eps, 2.0**-149)
+    least = float(max(eps, 2.0**-149))
     constants = {"BLOCK": block, "num_warps": warps}
+    squares, kernel, device = squares_kernel, normalized_kernel, x.get_device()
+    if traced(x):
+        squares, kernel, device = wrap_triton(squares_kernel), wrap_triton(normalized_kernel), -1
     # a kernel goes to the current device, which need not be the tensor's
-    with torch.cuda.device(x.get_device()):
-        squares_kernel[(count * parts,)](x, sums, numel, parts, steps, **constants)
+    with torch.cuda.device(device):
+        squares[(count * parts,)](x, sums, numel, parts, steps, **constants)
         constants |= {"PARTS": MOMENTUM_PARTS, "INTERPRETED": not x.is_cuda}
-        normalized_kernel[(count * parts,)](x, sums, out, numel, parts, steps, least, **constants)
+        kernel[(count * parts,)](x, sums, out, numel, parts, steps, least, **constants)
     return out

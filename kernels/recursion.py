@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import RECURSIONS, Tiles
+from ._launch import RECURSIONS, Tiles, recursion_tiles
 from ._rounding import nearest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,7 +137,7 @@ def gram_recursion(
     out = torch.empty((batch, n, n), dtype=dtype, device=r.device)
     if out.numel() == 0:
         return out
-    shape = tiles or next(tiles for tiles in RECURSIONS if n <= tiles.side)
+    shape = tiles or recursion_tiles(n, r.device)
     if n > shape.side:
         raise ValueError(f"the Triton Gram recursion needs tiles of a side >= {n}, not {shape}")
     # AMD's matrix instructions have float32

@@ -7,14 +7,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ._launch import BAND, Tiles, parts_of, tiles_for
+from ._launch import BAND, Tiles, parts_of, tiles_for, traced
 from ._triangle import start, store, tile_at
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tiles", "parts", "steps"])
 def symmetric_kernel(
     a_ptr,
     b_ptr,
@@ -48,6 +49,8 @@ def symmetric_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """Multiply `steps` pieces of K for one tile; store alpha·A Bᵀ + beta·C + gamma·I, or if SPLIT the part itself."""
+    # a compiler of torch's passes numbers in float64
+    alpha, scale, gamma = tl.cast(alpha, tl.float32), tl.cast(scale, tl.float32), tl.cast(gamma, tl.float32)
     # one axis for tile, part and matrix: the others end at 65535
     program = tl.program_id(0)
     i, j = tile_at(program % tiles, count, BAND)
@@ -88,7 +91,7 @@ def symmetric_kernel(
         store(product, out_ptr, batch, i, j, n, alpha, gamma, SIDE, EVEN, NEAR, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tiles", "parts"])
 def sum_parts_kernel(
     parts_ptr,
     c_ptr,
@@ -111,13 +114,14 @@ def sum_parts_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """Add up the parts of one tile, always in the same order, and store it as `symmetric_kernel` does."""
+    alpha, scale, gamma = tl.cast(alpha, tl.float32), tl.cast(scale, tl.float32), tl.cast(gamma, tl.float32)
     program = tl.program_id(0)
     tile = program % tiles
     i, j = tile_at(tile, count, BAND)
     batch = (program // tiles).to(tl.int64)
     inner = tl.arange(0, SIDE)
     at = parts_ptr + (batch * parts * tiles + tile) * (SIDE * SIDE) + inner[:, None] * SIDE + inner[None, :]
-    # an argument that is 1 is a constant, and has no type to be cast from
+    # a compiler of torch's makes any argument that is 1 a constant, which has no type to be cast from
     stride = tl.full((), SIDE * SIDE, tl.int64) * tiles
     product = start(c_ptr, batch, i, j, n, scale, c_batch, c_row, c_column, SIDE, HAS_C, EVEN, NEAR)
     for _ in range(parts):
@@ -171,17 +175,23 @@ def symmetric(
     # without C nothing is loaded from where these point
     c_ptr, c_strides = (out, (0, 0, 0)) if c is None else (c, c.stride())
     strides = (*a.stride(), *b.stride(), *c_strides)
-    begins = all(x.data_ptr() % 16 == 0 for x in operands)
+    kernel, sum_kernel, device = symmetric_kernel, sum_parts_kernel, a.get_device()
+    if unseen := traced(a):
+        kernel, sum_kernel, device = wrap_triton(symmetric_kernel), wrap_triton(sum_parts_kernel), -1
+        # a plan is for numbers
+        batch, n, k, *whole = map(int, (batch, n, k, *strides))
+        strides = tuple(whole)
+    begins = unseen or all(x.data_ptr() % 16 == 0 for x in operands)
     plan = _plan(batch, n, k, strides, a.itemsize, a.device, begins, c is not None, tiles, parts)
     target = out if plan.parts == 1 else torch.empty(plan.room, dtype=torch.float32, device=a.device)
     sizes = (n, k, plan.rows, plan.triangle, plan.parts, plan.steps)
     # a kernel goes to the current device, which need not be the tensor's
-    with torch.cuda.device(a.get_device()):
-        symmetric_kernel[plan.grid](a, b, c_ptr, target, *sizes, *numbers, *strides, **plan.own, **plan.constants)
+    with torch.cuda.device(device):
+        kernel[plan.grid](a, b, c_ptr, target, *sizes, *numbers, *strides, **plan.own, **plan.constants)
         if plan.parts > 1:
             counts = (plan.rows, plan.triangle, plan.parts)
             where = (batch * plan.triangle,)
-            sum_parts_kernel[where](target, c_ptr, out, n, *counts, *numbers, *c_strides, **plan.constants)
+            sum_kernel[where](target, c_ptr, out, n, *counts, *numbers, *c_strides, **plan.constants)
     return out
 
 

@@ -2,19 +2,24 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lowrank_optim._half import multiplies
 
 Backend = Literal["auto", "torch", "triton"]
 
+F = TypeVar("F", bound=Callable[..., Any])
 _backend: ContextVar[Backend] = ContextVar("lowrank_optim_backend", default="auto")
 
 
@@ -24,7 +29,8 @@ def backend(name: Backend) -> Iterator[None]:
 
     Args:
         name: "auto" takes what is known to be fastest, "torch" and "triton" take that one or raise. Nothing has shown
-            a kernel to be faster than torch's own fused ones yet, so today "auto" is "torch".
+            a kernel to be faster than torch's own fused ones yet, so today "auto" is "torch". What `torch.compile` has
+            compiled stays with who it was then; the block is entered outside of it.
 
     Raises:
         ValueError: for another name.
@@ -43,9 +49,11 @@ def backend(name: Backend) -> Iterator[None]:
 
 def takes_triton(x: Tensor, *, faster: bool = False) -> bool:
     """Return whether a kernel computes: where it must, or where nobody says who and it was measured to be faster."""
-    if _backend.get() != "triton":
-        return faster and _backend.get() == "auto" and type(x) is Tensor and x.is_cuda and _once_had_triton()
-    if type(x) is Tensor and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    # a fake tensor stands for a plain one
+    plain, chosen = type(x) is Tensor or isinstance(x, FakeTensor), _chosen()
+    if chosen != "triton":
+        return faster and chosen == "auto" and plain and x.is_cuda and _once_had_triton()
+    if plain and (x.is_cuda or _interprets()):
         return True
     raise RuntimeError(
         f"backend('triton'): a {type(x).__name__} on {x.device} needs a CUDA device, "
@@ -53,6 +61,40 @@ def takes_triton(x: Tensor, *, faster: bool = False) -> bool:
     )
 
 
+def called(function: F, x: Tensor) -> F:
+    """Return a kernel's function; where torch traces, or `x` is not there, the registered operation that does the same.
+
+    The operation is beside the function: this file knows no kernel.
+    """
+    if not torch.compiler.is_compiling() and type(x) is Tensor and not is_in_torch_dispatch_mode():
+        return function
+    operation: F = getattr(sys.modules[_registered(function.__module__)], function.__name__)
+    return operation
+
+
+def _constant(function: F) -> F:
+    """Do as `torch.compiler.assume_constant_result`, which imports a compiler for two seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _registered(kernel: str) -> str:
+    """Import the operations that are beside a kernel, and return the name of their module."""
+    return importlib.import_module(kernel.rpartition(".")[0] + ".registered").__name__
+
+
+@_constant
+def _chosen() -> Backend:
+    return _backend.get()
+
+
+@_constant
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@_constant
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -61,21 +103,30 @@ def _has_triton() -> bool:
 _once_had_triton = functools.cache(_has_triton)
 
 
-def fills(x: Tensor) -> bool:
-    """Return whether the tiles of one triangle of (b, n, n) are enough work for a device, where that was measured.
+def fills(x: Tensor, *, more: bool = False) -> bool:
+    """Return whether one triangle of (b, n, n) is better computed by a kernel, where that was measured.
 
-    On an H200 a product of half of the tiles takes .58 to .72 of torch's time from two tiles of 128 for each
-    multiprocessor on, and more than torch's with fewer.
+    On an H200 half of the tiles takes .58 to .72 of torch's time from two tiles of 128 for each multiprocessor on, and
+    more than torch's with fewer. Where there is `more` to a result than a product, torch makes several passes, and the
+    kernel takes .3 to .6 of their time down to single small matrices.
     """
-    if not multiplies(x) or x.size(1) < 512:
+    if not multiplies(x):
         return False
-    sides = -(-x.size(1) // 128)
-    processors, capability = _device(x.device)
-    return capability == (9, 0) and len(x) * sides * (sides + 1) // 2 >= 2 * processors
+    n, (processors, capability) = x.size(1), _device(x.device)
+    sides = -(-n // 128)
+    enough = n >= 512 and len(x) * sides * (sides + 1) // 2 >= 2 * processors
+    return capability == (9, 0) and (enough or (more and n % 16 == 0))
 
 
 @functools.cache
+@_constant
 def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
     """Return how many multiprocessors a CUDA device has, and its compute capability."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()

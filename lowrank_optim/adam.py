@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
+from lowrank_optim import ops, passes
 from lowrank_optim._types import Move, NewState, State, Storage, Tick, Update
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -37,7 +37,7 @@ class Adam:
 
     def takes(self, grad: Tensor) -> bool:
         """Return whether a kernel reads it as it is."""
-        return self.aged is None and ops.in_one_pass(grad)
+        return self.aged is None and passes.in_one_pass(grad)
 
     def init(self, shape: Sequence[int], new: NewState) -> State:
         """Allocate both moments."""
@@ -58,10 +58,8 @@ class Adam:
             for state, tick, move in zip(states, ticks, moves, strict=True):
                 if move is not None:
                     self._move_(state, tick, move, state["exp_avg"], state["exp_avg_sq"])
-            numbers: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "scale": self.scale, "dtype": self.dtype}
-            numbers["steps"] = [tick.step for tick in ticks]
-            numbers["seeds"] = [0 if self.storage.in_place else tick.seed for tick in ticks]
-            return [*ops.stored_adam_directions_(grads, states, **numbers)]
+            seeds = [0 if self.storage.in_place else tick.seed for tick in ticks]
+            return [*passes.stored_adam_directions_(grads, states, seeds=seeds, **self.numbers(ticks))]
         numel, room = grads[0].numel(), ops.part_size(grads[0].device)
         # so many at a time that the moments, which are there as numbers only now, take little memory
         size = len(grads) if self.storage.in_place else max(1, room // max(1, numel))
@@ -75,6 +73,15 @@ class Adam:
             else:
                 found += self._advance(grads[some], states[some], ticks[some], moves[some])
         return found
+
+    def numbers(self, ticks: list[Tick]) -> dict[str, Any]:
+        """Return what kernels need to know."""
+        steps = [tick.step for tick in ticks]
+        return {"betas": self.betas, "eps": self.eps, "steps": steps, "scale": self.scale, "dtype": self.dtype}
+
+    def goes_along(self, like: Tensor) -> bool:
+        """Return whether a kernel can take the moments along while it advances them."""
+        return self.storage.in_place and self._in_one_pass(like, ())
 
     def need(self, shape: Sequence[int]) -> int:
         """Count a gradient, a direction and a weight, or moments that are read whole because of their ages."""
@@ -92,7 +99,7 @@ class Adam:
     def _in_one_pass(self, like: Tensor, moves: Sequence[Move | None]) -> bool:
         """Return whether a kernel does for gradients like this: it reads, advances and keeps what nothing moves."""
         moved = not self.storage.in_place and any(move is not None for move in moves)
-        return self.aged is None and self.scale > 0 and not moved and ops.in_one_pass(like)
+        return self.aged is None and self.scale > 0 and not moved and passes.in_one_pass(like)
 
     def _advance(
         self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None], start: int = 0

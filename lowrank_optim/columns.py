@@ -1,12 +1,12 @@
 """Bases that are some of the columns of a fixed one: nothing is kept of them but indices."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_optim import cosine, ops
+from lowrank_optim import cosine, ops, passes
 from lowrank_optim._half import HALF, multiplies
 from lowrank_optim._types import Coefficients, Factored, NewState, Side, State
 
@@ -195,7 +195,7 @@ class _OfMatrix(Selected):
         return Factored(coords, columns.mT) if self.side == "right" else Factored(columns, coords)
 
     def _columns(self, state: State, like: Tensor) -> Tensor:
-        return self._matrix(like).index_select(1, state["basis_index"])
+        return self._matrix(like).mT.index_select(0, state["basis_index"]).mT
 
     def _matrix(self, like: Tensor) -> Tensor:
         raise NotImplementedError
@@ -217,6 +217,10 @@ class DCT(_OfMatrix):
         """Return the state: columns are made in the dtype of what they are multiplied with."""
         return state
 
+    def adam_directions_(self, states: list[State], grads: list[Tensor], **numbers: Any) -> list[Tensor] | None:
+        """Refresh, take the moments along and return what Adam makes of the coordinates; None where no kernels do."""
+        return passes.dct_adam_directions_(grads, states, dim=self._dim, ranking=self.ranking, **numbers)
+
     def transform(self, matrix: Tensor) -> Tensor:
         """Return G D (right) or Dᵀ G (left): 2 m n min(m, n) operations as a product, m n log min(m, n) by FFT."""
         if matrix.dtype in HALF:
@@ -226,7 +230,7 @@ class DCT(_OfMatrix):
 
     def analyze(self, matrix: Tensor) -> Coefficients:
         """Return the coefficients; as an FFT leaves them, where it is one that finds them, or as a kernel does."""
-        if (found := ops.dct_energies(matrix, self._dim, self.ranking)) is not None:
+        if (found := passes.dct_energies(matrix, self._dim, self.ranking)) is not None:
             return Ranked(*found, self.side)
         return cosine.spectrum(matrix, self._dim, squares=self.ranking == "l2") or super().analyze(matrix)
 

@@ -164,8 +164,11 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
 
 @functools.cache
 def dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the orthonormal DCT-II matrix with the basis vectors as columns; made once for the whole process."""
-    return _cosines(size, size, 0, 1, dtype).to(device)
+    """Return the orthonormal DCT-II matrix with the basis vectors as columns; made once for the whole process.
+
+    Each column is contiguous, so that some of them are selected in whole vectors.
+    """
+    return _cosines(size, size, 0, 1, dtype).mT.contiguous().to(device).mT
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
+from lowrank_optim import passes
 from lowrank_optim._types import (
     Factored,
     Move,
@@ -79,7 +79,7 @@ class Momentum:
         if how is not None and self.steer is not None and not any(move is not None for move in moves):
             numbers: dict[str, Any] = {"momentum": self.momentum, "nesterov": self.nesterov, "form": self.form}
             seeds = [tick.seed for tick in ticks]
-            normalized = ops.normalized_momenta_(
+            normalized = passes.normalized_momenta_(
                 grads, states, **numbers, eps=self.steer.eps, seeds=seeds, dtype=how.dtype
             )
             return list(self.steer.of_normalized(normalized, how))
@@ -119,7 +119,7 @@ class Momentum:
 
     def _plan(self, like: Tensor) -> Any:
         """Return how a normalized momentum is steered where kernels make one; None elsewhere."""
-        if self.steer is None or self.beta2 is not None or self.less or not ops.in_one_pass(like):
+        if self.steer is None or self.beta2 is not None or self.less or not passes.in_one_pass(like):
             return None
         return self.steer.planned(like.shape, like.device.type)
 

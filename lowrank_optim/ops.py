@@ -1,18 +1,20 @@
-"""One name per operation; the only file that chooses between a kernel and plain torch."""
+"""One name per operation; this file and `passes` choose between a kernel and plain torch."""
 
-import contextlib
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_optim import reference, reference_apply, reference_matrix
-from lowrank_optim._backend import fills, takes_triton
+from lowrank_optim._backend import called, fills, takes_triton
+from lowrank_optim._backend import without_autocast as without_autocast
 from lowrank_optim._half import HALF, multiplies
-from lowrank_optim._types import Factored, Scaled, State, Update, dense
+from lowrank_optim._types import Factored, Scaled, Update, dense
 
 Halves = reference_matrix.Halves
+Triple = reference_matrix.Triple
 adam_direction_ = reference.adam_direction_
 almost_orthogonal = reference_matrix.almost_orthogonal
 gram_newton_schulz = reference_matrix.gram_newton_schulz
@@ -51,31 +53,23 @@ def adam_directions_(
     return [adam_direction_(g, m, v, betas=betas, eps=eps, step=t) for g, m, v, t in rows]
 
 
-def in_one_pass(x: Tensor) -> bool:
-    """Return whether kernels pass over gradients like `x` and what is kept of their moments."""
-    return takes_triton(x, faster=x.dtype != torch.float64)
+def gram_recursion(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Do as `newton_schulz` for float32 matrices (b, m, n) of a short side of at most 64: all steps in one kernel."""
+    from lowrank_optim.kernels import recursion as kernel
+
+    tall = x.size(-2) > x.size(-1)
+    q = called(kernel.gram_recursion, x)(x.mT @ x if tall else x @ x.mT, triples)
+    return x @ q if tall else q @ x
 
 
-def stored_adam_directions_(
-    grads: list[Tensor],
-    states: list[State],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    steps: list[int],
-    seeds: list[int],
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Advance the moments as each state keeps them, and return each scale · m̂ / (√v̂ + ε) in `dtype`, or float32.
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` in `dtype`."""
+    # torch's copy from one 16-bit format to the other does not read whole vectors
+    if {x.dtype, dtype} != set(HALF) or torch.compiler.is_compiling() or not takes_triton(x, faster=x.is_contiguous()):
+        return x.to(dtype)
+    from lowrank_optim.kernels import cast as kernel
 
-    All in one kernel, where `in_one_pass`.
-    """
-    from lowrank_optim.kernels import adam as kernel
-
-    kept = _kept_as(states[0]["exp_avg"], grads[0].numel())
-    numbers: dict[str, Any] = {"betas": betas, "eps": eps, "steps": steps, "seeds": seeds, "scale": scale}
-    return kernel.stored_adam_directions_(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
+    return kernel.cast(x.contiguous(), dtype)
 
 
 def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
@@ -84,47 +78,7 @@ def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
         return reference_matrix.normalized(x, eps=eps, dtype=dtype)
     from lowrank_optim.kernels import normalized as kernel
 
-    return kernel.normalized(x, eps=eps, dtype=dtype)
-
-
-def dct_energies(x: Tensor, dim: int, ranking: Literal["l2", "l1"]) -> tuple[Tensor, Tensor] | None:
-    """Return the DCT-II of a matrix in its 16 bits and what it has along each DCT column; None where no kernel does."""
-    if x.dtype not in HALF or not takes_triton(x, faster=True):
-        return None
-    from lowrank_optim.kernels import dct as kernel
-
-    if not kernel.supports(x.size(dim), x.dtype, x.device):
-        return None
-    return kernel.dct_energies(x, dim, out_dtype=x.dtype, ranking=ranking)
-
-
-def normalized_momenta_(
-    grads: list[Tensor],
-    states: list[State],
-    *,
-    momentum: float,
-    nesterov: bool,
-    form: Literal["ema", "sum"],
-    eps: float,
-    seeds: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Advance the momenta as each state keeps them, and return the updates over their norms, stacked, in `dtype`.
-
-    All in two kernels, where `in_one_pass`.
-    """
-    from lowrank_optim.kernels import momentum as kernel
-
-    kept = _kept_as(states[0]["momentum_buffer"], grads[0].numel())
-    numbers: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "form": form, "eps": eps}
-    return kernel.normalized_momenta_(grads, states, state_dtype=kept, **numbers, seeds=seeds, dtype=dtype)
-
-
-def _kept_as(moment: Tensor, numel: int) -> str:
-    """Return the name of the storage that a first moment is in."""
-    if moment.dtype == torch.int8:
-        return "int8" if moment.numel() == numel else "int4"
-    return str(moment.dtype).removeprefix("torch.")
+    return called(kernel.normalized, x)(x, eps=eps, dtype=dtype)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -141,13 +95,13 @@ def symmetric(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.0
 ) -> Tensor:
     """Return alpha·A Bᵀ + beta·C + gamma·I for matrices (b, n, k) and (b, n, n) that make it symmetric."""
-    if not takes_triton(a, faster=fills(a)):
+    if not takes_triton(a, faster=fills(a, more=c is not None or gamma != 0)):
         return reference_matrix.symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
     from lowrank_optim.kernels import symmetric as kernel
 
     if a.dtype not in kernel.DTYPES:
         raise RuntimeError(f"backend('triton'): a symmetric product of {a.dtype} needs float32, bfloat16 or float16")
-    return kernel.symmetric(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
+    return called(kernel.symmetric, a)(a, b, c, alpha=alpha, beta=beta, gamma=gamma)
 
 
 class Whole(reference_matrix.Whole):
@@ -211,7 +165,7 @@ def apply_(
             _apply_sum_(param.flatten(1), product, scaled, **numbers)
             return
         # signs are those of the whole; and in channels_last, flatten(1) of a convolution would be a copy
-        update = dense(update)
+        update = dense(_widened(update) if isinstance(update, Factored) else update)
     elif seed is not None and hasattr(param, "_local_tensor"):
         # bits are looked at, so each rank rounds its own part
         param, update = _local(param, param), _local(update, param)
@@ -219,7 +173,7 @@ def apply_(
     if takes_triton(param, faster=multiplies(param) or update.dtype in HALF):
         from lowrank_optim.kernels import apply as kernel
 
-        kernel.apply_(param, update, **numbers, cautious=cautious)
+        called(kernel.apply_, param)(param, update, **numbers, cautious=cautious)
     else:
         reference_apply.apply_(param, update, **numbers, cautious=cautious)
 
@@ -242,9 +196,16 @@ def _apply_sum_(
     elif takes_triton(param, faster=multiplies(param)):
         from lowrank_optim.kernels import factored_add as kernel
 
-        kernel.apply_sum_(param, product if halves is None else (halves[0], halves[1]), scaled, **numbers)
+        product = product if halves is None else Factored(*halves)
+        called(kernel.apply_sum_, param)(param, product, scaled, **numbers)
     else:
-        reference_apply.apply_sum_(param, product, scaled, **numbers)
+        reference_apply.apply_sum_(param, None if product is None else _widened(product), scaled, **numbers)
+
+
+def _widened(product: Factored) -> Factored:
+    """Return factors of one dtype: what a kernel has made may be of 16 bits where the other one is not."""
+    wide = torch.promote_types(torch.promote_types(product.left.dtype, product.right.dtype), torch.float32)
+    return Factored(product.left.to(wide), product.right.to(wide))
 
 
 def _local(x: Any, like: Any) -> Tensor:
@@ -283,9 +244,3 @@ def _fused_directions_(
         maximize=False,
     )
     return directions
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()

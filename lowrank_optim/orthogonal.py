@@ -1,6 +1,5 @@
 """Orthogonalization: the polar factor of a matrix, or an approximation of it in a few products."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -8,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lowrank_optim import ops
+from lowrank_optim import ops, passes
 from lowrank_optim.coefficients import Coefficients, Triple, preconditioned, table
 
 Method = Literal["auto", "newton_schulz", "gram", "eigh"]
@@ -29,7 +28,7 @@ _SMALL, _HALVES = 64, 512
 class Plan(NamedTuple):
     """How matrices of one shape are orthogonalized; `plan` says why."""
 
-    method: Literal["newton_schulz", "gram", "eigh"]
+    method: Literal["newton_schulz", "gram", "recursion", "eigh"]
     # of X
     dtype: torch.dtype
     # the steps before which the Gram form begins anew
@@ -113,7 +112,6 @@ class Spectral:
             raise ValueError(f"Invalid dtype: {self.dtype!r}, must be one of {', '.join(map(str, _DTYPES))}")
         table(self.coefficients, self.steps)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Return the matrices of `x` (..., m, n) orthogonalized."""
         if x.dtype not in _DTYPES:
@@ -127,17 +125,18 @@ class Spectral:
         # a tensor that is more than one has its own ways to multiply
         device = x.device.type if type(x) is Tensor else "other"
         triples = table(self.coefficients, self.steps)
-        how = plan(self.method, (x.size(-2), x.size(-1)), dtype, device, triples)
-        with _without_autocast(x.device.type):
-            made = run(
-                x.reshape(-1, *x.shape[-2:]), how, triples, eps=self.eps, scaled=preconditioned(self.coefficients)
-            )
-        return made.to(dtype).reshape(x.shape)
+        shape = (x.size(-2), x.size(-1))
+        how = plan(self.method, shape, dtype, device, triples, kernels=passes.in_one_pass(x))
+        scaled = preconditioned(self.coefficients)
+        # no decorator: the compiler of torch does not look into a decorated call
+        with torch.no_grad(), ops.without_autocast(x.device.type):
+            made = run(x.reshape(-1, *x.shape[-2:]), how, triples, eps=self.eps, scaled=scaled)
+            return ops.cast(made, dtype).reshape(x.shape)
 
     def planned(self, shape: tuple[int, int], device: str) -> Plan | None:
-        """Return how matrices of this shape would be orthogonalized, if all that comes first is to normalize them."""
+        """Return how kernels orthogonalize matrices of this shape, if all that comes first is to normalize them."""
         triples = table(self.coefficients, self.steps)
-        how = None if self.dtype is None else plan(self.method, shape, self.dtype, device, triples)
+        how = None if self.dtype is None else plan(self.method, shape, self.dtype, device, triples, kernels=True)
         return None if how is None or how.method == "eigh" or preconditioned(self.coefficients) else how
 
     def of_normalized(self, x: Tensor, how: Plan) -> Tensor:
@@ -166,20 +165,32 @@ def run(x: Tensor, how: Plan, triples: tuple[Triple, ...], *, eps: float, scaled
 
 def _iterate(x: Tensor, how: Plan, triples: tuple[Triple, ...]) -> Tensor:
     """Do the steps as planned, on matrices whose norms are at most 1."""
+    if how.method == "recursion":
+        return ops.gram_recursion(x, triples)
     arithmetic = ops.Halves() if how.halves else ops.Whole()
     if how.method == "gram":
         return ops.gram_newton_schulz(x, triples, how.restarts, arithmetic)
     return ops.newton_schulz(x, triples, arithmetic)
 
 
-def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str, triples: tuple[Triple, ...]) -> Plan:
+def plan(
+    method: Method,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    triples: tuple[Triple, ...],
+    *,
+    kernels: bool = False,
+) -> Plan:
     """Choose how matrices of this shape are orthogonalized.
 
     On a CPU by measurement (2 cores with AVX512-BF16): `experiments/results/bench_muon_cpu.json` has the whole steps.
     There batches of symmetric products by halves pay from short sides of 512 on, and float16 does not pay at all.
 
-    On a GPU nothing has been measured: there "auto" goes by the count of multiplications, for short sides of 256 and
-    more, where products and not launches take the time.
+    On a GPU by measurement on an H200 (`experiments/results`): 16-bit products are made in float16, which is as fast as
+    bfloat16 and eight times as fine, so that three steps may go together between restarts; with kernels, short sides of
+    at most 64 are done in one launch in float32, where launches and not products take the time. The Gram form is for
+    short sides of 256 and more.
 
     Args:
         method: as for `orthogonalize`.
@@ -187,6 +198,7 @@ def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str
         dtype: that X is to have.
         device: its type.
         triples: the coefficients.
+        kernels: whether those that are written for a device run there.
     """
     m, n = shape
     short, long = min(m, n), max(m, n)
@@ -194,6 +206,8 @@ def plan(method: Method, shape: tuple[int, int], dtype: torch.dtype, device: str
     if method == "eigh":
         # there are devices that have no float64
         return Plan("eigh", torch.float32 if device == "mps" else torch.float64)
+    if method == "auto" and kernels and dtype != torch.float64 and short <= _SMALL and _at_once(triples):
+        return Plan("recursion", torch.float32)
     if method == "auto":
         # a CPU multiplies float16 a hundred times slower; a GPU as fast as bfloat16, and eight times as finely
         dtype = torch.float32 if cpu and dtype == torch.float16 else torch.float16 if fine else dtype
@@ -214,6 +228,11 @@ def _gram_pays(short: int, long: int, device: str) -> bool:
     return long >= _OBLONG * short and (device == "cpu" or (device == "cuda" and short >= 256))
 
 
+def _at_once(triples: tuple[Triple, ...]) -> bool:
+    """Return whether float32 has room for all steps without beginning anew."""
+    return math.prod([a for a, _, _ in triples[:-1]]) ** 2 <= _GROWTH
+
+
 def restarts(triples: tuple[Triple, ...], *, once: bool = False) -> tuple[int, ...]:
     """Return the steps before which the Gram form begins anew.
 
@@ -230,13 +249,8 @@ def restarts(triples: tuple[Triple, ...], *, once: bool = False) -> tuple[int, .
         once: none, where float32 allows it.
     """
     slopes, steps = [a for a, _, _ in triples], len(triples)
-    if once and math.prod(slopes[:-1]) ** 2 <= _GROWTH:
+    if once and _at_once(triples):
         return ()
     if max(slopes) > _STEEP:
         return tuple(step for step in range(1, steps) if step != 2 or steps > 5)
     return tuple(range(1, steps, 2))
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()

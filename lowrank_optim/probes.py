@@ -78,7 +78,9 @@ def captured(i: int, seen: Tensor, coords: Tensor) -> None:
     # norms, which form nothing of a matrix's size
     energy = torch.linalg.vector_norm(coords).square()
     tiny = torch.finfo(coords.dtype).tiny
-    probe.note(i, "captured_energy", energy / torch.linalg.vector_norm(seen).square().clamp(min=tiny))
+    probe.note(
+        i, "captured_energy", energy / torch.linalg.vector_norm(seen, dtype=coords.dtype).square().clamp(min=tiny)
+    )
     gram = coords @ coords.mT if coords.size(-2) < coords.size(-1) else coords.mT @ coords
     probe.note(i, "effective_rank", (energy / torch.linalg.vector_norm(gram).clamp(min=tiny)).square())
 

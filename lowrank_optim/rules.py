@@ -97,6 +97,8 @@ class Projected:
     def updates(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Update | None]:
         """Refresh where it is due, project, run the inner rule, and return what the residual makes of it."""
         found: list[Update | None] = [None] * len(grads)
+        if (directions := self._at_once(grads, states, ticks)) is not None:
+            return [self.basis.lift(state, made) for state, made in zip(states, directions, strict=True)]
         seen = [self.residual.seen(state, grad.flatten(1)) for grad, state in zip(grads, states, strict=True)]
         turned = [_Turned() for _ in grads]
         skipped = self._refresh_(seen, states, ticks, turned)
@@ -127,6 +129,18 @@ class Projected:
             found[i] = update
         return found
 
+    def _at_once(self, grads: list[Tensor], states: list[State], ticks: list[Tick]) -> list[Tensor] | None:
+        """Return the directions, scaled, of matrices that are all refreshed, where kernels find and advance them."""
+        if self.carry != "rotate" or self.follow is not None or not self.takes(grads[0]) or probes.listening():
+            return None
+        all_due = all(self.schedule.due(state, tick) for state, tick in zip(states, ticks, strict=True))
+        rule, _ = _folded(self.inner, self.residual, grads[0].dtype)
+        advance, goes_along = getattr(self.basis, "adam_directions_", None), getattr(rule, "goes_along", None)
+        if advance is None or goes_along is None or self.schedule.compares or not all_due or not goes_along(grads[0]):
+            return None
+        found: list[Tensor] | None = advance(states, [x.flatten(1) for x in grads], **cast("Any", rule).numbers(ticks))
+        return found
+
     def need(self, shape: Sequence[int]) -> int:
         """Count what is looked at, and a weight and an update or what the inner rule needs, whichever is more."""
         matrix = matrix_shape(shape)
@@ -139,9 +153,14 @@ class Projected:
         return (1 + self.residual.held) * whole + max(2 * whole, whole + 2 * coords, inner)
 
     def need_as_is(self, shape: Sequence[int]) -> int:
-        """Count coordinates, directions and a rounded basis: gradients are there, and updates are never formed."""
+        """Count coordinates, directions, and a rounded basis or coefficients that columns are selected from.
+
+        Gradients are there, and updates are never formed.
+        """
         matrix = matrix_shape(shape)
-        return 2 * math.prod(self.basis.coords_shape(matrix)) + self.basis.numel(matrix)
+        # of 16 bits, where the others are counted as 32
+        whole = math.prod(matrix) // 2 if self.basis.guarded is False else 0
+        return 2 * math.prod(self.basis.coords_shape(matrix)) + max(whole, self.basis.numel(matrix))
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
         if isinstance(self.basis, Together):

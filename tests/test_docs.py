@@ -36,7 +36,16 @@ def test_the_examples_of_docstrings_run(module):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/muon.md", "docs/projected.md", "docs/ranks.md", "docs/mfac.md", "docs/pruning.md"]
+    "document",
+    [
+        "README.md",
+        "docs/muon.md",
+        "docs/projected.md",
+        "docs/ranks.md",
+        "docs/mfac.md",
+        "docs/pruning.md",
+        "docs/kernels.md",
+    ],
 )
 def test_the_code_of_the_documents_runs(document, capsys):
     names: dict[str, object] = {}

@@ -1,7 +1,5 @@
 """Adam's kernel with moments in float32, interpreted, against its plain twin; and who chooses a kernel at all."""
 
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,95 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, backend, reference
+from lowrank_optim import GaLoreAdamW, backend
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lowrank_optim.kernels import adam
 from lowrank_optim.kernels._launch import ELEMENTWISE, launch_shape
-from tests.alone import run_alone
-
-ROOT = Path(__file__).parent.parent
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-# one element, odd, one block exactly, several blocks and a rest
-SHAPES = [(), (1,), (3, 5), (64,), (1000,), (1024,), (128, 129)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x.flatten()[0].expand(x.shape),
-}
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def assert_twins(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: Callable[[Tensor], Tensor],
-    betas: tuple[float, float],
-    eps: float = 1e-8,
-    steps: int = 4,
-) -> None:
-    ours, twins = ([torch.zeros(shape), torch.zeros(shape)] for _ in range(2))
-    for step in range(1, steps + 1):
-        grad = layout(torch.randn(shape).to(dtype))
-        before = grad.clone()
-        direction = adam.adam_direction_(grad, *ours, betas=betas, eps=eps, step=step)
-        expected = reference.adam_direction_(grad.float(), *twins, betas=betas, eps=eps, step=step)
-        assert torch.equal(grad, before)
-        assert direction.dtype == torch.float32
-        assert direction.is_contiguous()
-        # a difference of large numbers is rounded in another order
-        torch.testing.assert_close(direction, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours, twins, rtol=1e-6, atol=1e-6)
+from tests.alone import ROOT, run_alone
+from tests.kernels import adam as checks
+from tests.kernels.common import DTYPES, interpreted, poisoned, shapes_seen
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", checks.SHAPES, ids=str)
+@poisoned("cpu")
 def test_adam_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    assert_twins(shape, dtype, LAYOUTS[layout], (0.9, 0.999))
+    checks.assert_twins(shape, dtype, layout, (0.9, 0.999), device="cpu")
 
 
 @interpreted
 @settings(max_examples=25, deadline=None)
-@given(
-    shape=st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
-    beta1=st.floats(0, 0.99),
-    beta2=st.floats(0.5, 0.9999),
-    eps=st.sampled_from([1e-8, 1e-3]),
-)
-def test_adam_equals_its_twin_anywhere(shape: tuple[int, ...], beta1: float, beta2: float, eps: float) -> None:
-    assert_twins(shape, torch.float32, LAYOUTS["contiguous"], (beta1, beta2), eps, steps=3)
+@given(shape=st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple), **checks.NUMBERS)
+def test_adam_equals_its_twin_anywhere(**case: Any) -> None:
+    checks.anywhere(**case, device="cpu")
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@poisoned("cpu")
 def test_a_direction_is_rounded_once_to_the_dtype_that_is_asked_for(dtype: torch.dtype) -> None:
-    grad = torch.randn(40, 33)
-    moments = [torch.rand(40, 33) for _ in range(2)]
-    numbers: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "step": 3}
-    whole = adam.adam_direction_(grad, *(m.clone() for m in moments), **numbers)
-    direction = adam.adam_direction_(grad, *moments, **numbers, dtype=dtype)
-    assert torch.equal(direction, whole.to(dtype))
+    checks.is_rounded_once((40, 33), dtype, "cpu")
 
 
 def test_a_direction_of_another_dtype_is_refused() -> None:
@@ -151,33 +92,15 @@ def test_only_the_interpreter_gets_the_interpreters_blocks() -> None:
     assert launch_shape(1 << 24, interpreted=True)[0] > ELEMENTWISE[0]
 
 
-def _train(name: Any, basis: str) -> tuple[list[Tensor], GaLoreAdamW]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 30, bias=False))
-    opt = GaLoreAdamW(model.parameters(), rank=3, update_proj_gap=3, scale=1.0, basis=basis)
-    with backend(name):
-        for _ in range(7):
-            opt.zero_grad()
-            model(torch.randn(4, 12)).square().mean().backward()
-            opt.step()
-    return [p.detach() for p in model.parameters()], opt
-
-
 @interpreted
 @pytest.mark.parametrize("basis", ["svd", "subspace"])
 def test_an_optimizer_on_the_kernel_equals_one_on_torch(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, ...]] = []
-    real = adam.stored_adam_directions_
-
-    def watched(grads: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
-        seen.extend(tuple(grad.shape) for grad in grads)
-        return real(grads, *args, **kwargs)
-
-    monkeypatch.setattr(adam, "stored_adam_directions_", watched)
+    seen = shapes_seen(monkeypatch, adam, "stored_adam_directions_")
+    how: dict[str, Any] = {"rank": 3, "basis": basis, "device": "cpu"}
     for name in ("auto", "torch"):
-        expected, expected_opt = _train(name, basis)
+        expected, expected_opt = checks.trained(name, (12, 8, 30), **how)
         assert seen == [], name
-    weights, opt = _train("triton", basis)
+    weights, opt = checks.trained("triton", (12, 8, 30), **how)
     # the kernel did run: the coordinates of two matrices and a bias, each step
     assert seen == [(3, 12), (8,), (30, 3)] * 7
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,5 @@
 """AdamW on many tensors in one launch: against its plain twin and torch's own, and compiled for absent GPUs."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lowrank_optim import reference_apply
 
@@ -18,55 +16,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lowrank_optim.kernels import adamw
 from lowrank_optim.kernels._launch import ADAMW
 from tests.ahead import Built, Job, assert_fits, compiled
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# nothing, one element, odd, a block exactly, blocks and a rest, all of them in one call
-SHAPES = [(0,), (), (1,), (3, 5), (4096,), (7, 700), (2, 3, 64)]
-HOW: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-# of a weight, in units of its own size: one place where sums are rounded in another order, or chance has two of them
-PLACES = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-
-
-class Tensors:
-    """Weights, gradients and moments after some steps, of which each tensor has made its own number."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], grads: list[torch.dtype]) -> None:
-        self.params = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        self.grads = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, grads, strict=True)]
-        self.exp_avgs = [torch.randn(shape) for shape in shapes]
-        self.exp_avg_sqs = [torch.rand(shape) for shape in shapes]
-        self.steps = [1 + 10 * i for i in range(len(shapes))]
-
-    @property
-    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
-        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps
-
-    def twin(self) -> "Tensors":
-        other = Tensors([], [], [])
-        for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-            setattr(other, name, [x.clone() for x in getattr(self, name)])
-        other.steps = list(self.steps)
-        return other
-
-
-def assert_twins(ours: Tensors, **how: Any) -> None:
-    twins = ours.twin()
-    reference_apply.adamw_(*twins.arguments, **{name: value for name, value in how.items() if name != "shape"})
-    adamw.adamw_(*ours.arguments, **how)
-    assert all(torch.equal(x, y) for x, y in zip(ours.grads, twins.grads, strict=True))
-    torch.testing.assert_close(ours.exp_avgs, twins.exp_avgs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours.exp_avg_sqs, twins.exp_avg_sqs, rtol=1e-6, atol=1e-6)
-    for ours_param, twins_param in zip(ours.params, twins.params, strict=True):
-        assert ours_param.dtype == twins_param.dtype
-        place = PLACES[ours_param.dtype]
-        torch.testing.assert_close(ours_param.float(), twins_param.float(), rtol=place, atol=place * 2**-4)
-        # where the last bits of float32 decide is rare
-        differ = (ours_param != twins_param).sum()
-        assert ours_param.dtype == torch.float32 or differ <= 2 + ours_param.numel() // 200
+from tests.alone import ROOT
+from tests.kernels import adamw as checks
+from tests.kernels.adamw import HOW
+from tests.kernels.common import DTYPES, interpreted
 
 
 @interpreted
@@ -74,9 +27,7 @@ def assert_twins(ours: Tensors, **how: Any) -> None:
 @pytest.mark.parametrize("grads", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_equals_its_twin(dtype: torch.dtype, grads: torch.dtype, rounding: str) -> None:
-    count = len(SHAPES)
-    seeds = None if rounding == "nearest" else [1000003 * i for i in range(count)]
-    assert_twins(Tensors(SHAPES, [dtype] * count, [grads] * count), seeds=seeds, **HOW)
+    checks.equals_its_twin(checks.SHAPES, dtype, grads, rounding, "cpu")
 
 
 @interpreted
@@ -85,7 +36,7 @@ def test_it_equals_its_twin(dtype: torch.dtype, grads: torch.dtype, rounding: st
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chance_has_the_very_bits_of_the_twin(dtype: torch.dtype, seed: int) -> None:
     """Of numbers of few bits nothing is rounded in float32, and so nothing but chance decides."""
-    ours = Tensors([(5000,)], [dtype], [dtype])
+    ours = checks.Tensors([(5000,)], [dtype], [dtype], "cpu")
     ours.params[0].copy_(torch.randint(-127, 128, (5000,)).div(64))
     ours.grads[0].zero_()
     ours.exp_avgs[0].copy_(torch.randint(-127, 128, (5000,)))
@@ -103,43 +54,28 @@ def test_chance_has_the_very_bits_of_the_twin(dtype: torch.dtype, seed: int) -> 
 @given(
     shapes=st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), min_size=0, max_size=5),
     dtypes=st.lists(st.tuples(*[st.sampled_from(DTYPES)] * 2), min_size=5, max_size=5),
-    betas=st.tuples(st.sampled_from([0.0, 0.9]), st.sampled_from([0.5, 0.999])),
-    rates=st.tuples(st.sampled_from([0.0, 0.01]), st.sampled_from([0.0, 0.1]), st.booleans()),
+    on_device=st.booleans(),
     chance=st.booleans(),
+    **checks.NUMBERS,
 )
 def test_it_equals_its_twin_anywhere(
     shapes: list[tuple[int, ...]],
     dtypes: list[tuple[torch.dtype, torch.dtype]],
-    betas: tuple[float, float],
-    rates: tuple[float, float, bool],
+    lr: float,
+    on_device: bool,
     chance: bool,
+    **numbers: Any,
 ) -> None:
-    some = dtypes[: len(shapes)]
-    tensors = Tensors(shapes, [dtype for dtype, _ in some], [dtype for _, dtype in some])
-    lr = torch.tensor(rates[0]) if rates[2] else rates[0]
+    params, grads = zip(*dtypes, strict=True)
+    tensors = checks.Tensors(shapes, params[: len(shapes)], grads[: len(shapes)], "cpu")
     seeds = list(range(len(shapes))) if chance else None
-    assert_twins(tensors, lr=lr, betas=betas, eps=1e-3, weight_decay=rates[1], seeds=seeds, shape=(256, 1))
+    rate = torch.tensor(lr) if on_device else lr
+    checks.assert_twins(tensors, lr=rate, eps=1e-3, seeds=seeds, shape=(256, 1), **numbers)
 
 
 @interpreted
 def test_of_float32_it_does_as_torch() -> None:
-    shapes = [(30, 20), (7,), (4096,)]
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    ours = Tensors(shapes, [torch.float32] * 3, [torch.float32] * 3)
-    ours.params = [p.detach().clone() for p in params]
-    for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
-        moment.zero_()
-    opt = torch.optim.AdamW(params, **HOW)
-    for step in range(1, 6):
-        ours.grads = [torch.randn(shape) for shape in shapes]
-        for p, grad in zip(params, ours.grads, strict=True):
-            p.grad = grad.clone()
-        opt.step()
-        ours.steps = [step] * 3
-        adamw.adamw_(*ours.arguments, **HOW)
-    torch.testing.assert_close(ours.params, [p.detach() for p in params], rtol=1e-5, atol=1e-6)
-    moments = [[opt.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
-    torch.testing.assert_close([ours.exp_avgs, ours.exp_avg_sqs], moments, rtol=1e-5, atol=1e-6)
+    checks.of_float32_it_does_as_torch([(30, 20), (7,), (4096,)], "cpu")
 
 
 @interpreted
@@ -156,33 +92,21 @@ def test_its_twin_does_as_torch_on_one_element() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("start", [0, 1])
 def test_it_writes_its_own_elements_only(start: int, dtype: torch.dtype) -> None:
-    """Also from addresses that allow no wide access, which have a launch of their own."""
-    ours = Tensors([(900,), (640,)], [dtype] * 2, [dtype] * 2)
-    memory: dict[str, list[Tensor]] = {}
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        tensors = getattr(ours, name)
-        memory[name] = [torch.full((3, 1000), float("nan"), dtype=x.dtype) for x in tensors]
-        views = [m[1, start : start + len(x)].copy_(x) for m, x in zip(memory[name], tensors, strict=True)]
-        setattr(ours, name, views)
-    assert_twins(ours, seeds=[1, 2], **HOW)
-    for name, tensors in memory.items():
-        for m, x in zip(tensors, getattr(ours, name), strict=True):
-            assert x.isfinite().all()
-            assert m.isfinite().sum() == x.numel()
+    checks.its_own_elements_are_written_only(start, dtype, "cpu")
 
 
 @interpreted
 def test_gradients_may_have_any_strides() -> None:
-    ours = Tensors([(30, 20)] * 3, [torch.bfloat16] * 3, [torch.bfloat16] * 3)
+    ours = checks.Tensors([(30, 20)] * 3, [torch.bfloat16] * 3, [torch.bfloat16] * 3, "cpu")
     grad = ours.grads[0]
     ours.grads = [grad.mT.contiguous().mT, torch.stack([grad, grad], -1)[..., 0], grad[:1].expand(30, 20)]
-    assert_twins(ours, **HOW)
+    checks.assert_twins(ours, **HOW)
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_nan_stays_where_it_is() -> None:
-    ours = Tensors([(100,), (100,)], [torch.bfloat16] * 2, [torch.float32] * 2)
+    ours = checks.Tensors([(100,), (100,)], [torch.bfloat16] * 2, [torch.float32] * 2, "cpu")
     ours.grads[0][7] = float("nan")
     adamw.adamw_(*ours.arguments, **HOW, seeds=[1, 2])
     assert ours.params[0].isnan().nonzero().flatten().tolist() == [7]
@@ -199,19 +123,19 @@ def test_tensors_of_the_same_dtypes_are_one_launch(monkeypatch: pytest.MonkeyPat
             return lambda *args, **kwargs: None
 
     monkeypatch.setattr(adamw, "adamw_kernel", Watched())
-    ours = Tensors([(64,)] * 4 + [(100,)], [torch.bfloat16] * 5, [torch.bfloat16] * 5)
+    ours = checks.Tensors([(64,)] * 4 + [(100,)], [torch.bfloat16] * 5, [torch.bfloat16] * 5, "cpu")
     adamw.adamw_(*ours.arguments, **HOW, shape=(32, 1))
     # elements that 16 does not divide are read one by one, and not in the launch of the others
     assert grids == [8, 4]
     grids.clear()
     adamw.adamw_([], [], [], [], [], **HOW)
-    empty = Tensors([(0, 3)], [torch.float32], [torch.float32])
+    empty = checks.Tensors([(0, 3)], [torch.float32], [torch.float32], "cpu")
     adamw.adamw_(*empty.arguments, **HOW)
     assert grids == []
 
 
 def good() -> dict[str, Any]:
-    numbers = {name: [torch.ones(4, 6)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    numbers = {name: [torch.ones(4, 6)] for name in checks.NAMES}
     return numbers | {"steps": [1]} | HOW
 
 
@@ -287,4 +211,4 @@ def test_addresses_from_the_table_are_read_in_whole_vectors(built: dict[str, Bui
 
 
 def test_what_ships_is_what_is_imported() -> None:
-    assert Path(adamw.__file__).resolve() == Path(__file__).parent.parent / "kernels" / "adamw.py"
+    assert Path(adamw.__file__).resolve() == ROOT / "kernels" / "adamw.py"

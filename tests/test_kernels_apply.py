@@ -1,8 +1,6 @@
 """How weights are written in Triton: against plain twins where kernels run interpreted, and compiled for no GPU."""
 
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_optim import reference, reference_apply
-
 pytest.importorskip("triton", reason="triton is not installed")
-
-import triton
-import triton.language as tl
 
 from lowrank_optim.kernels import _rounding, apply, factored_add
 from lowrank_optim.kernels._launch import (
@@ -29,92 +22,25 @@ from lowrank_optim.kernels._launch import (
     product_tiles_for,
 )
 from tests.ahead import Built, Job, assert_fits, compiled
+from tests.alone import ROOT
+from tests.kernels import apply as checks
+from tests.kernels.common import DTYPES, LAYOUTS, interpreted
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = ProductTiles(16, 32, 16, 2, 1, 1)
 # the halves of its tiles are written one after the other
 HALVED = ProductTiles(32, 128, 32, 2, 1, 1)
 SEEDS = [None, 0, 2**31 - 3, 2**40 + 12345]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-}
 # of a weight, in units of its largest number: half a place, or a whole one where chance decides, and sums in float32
 PLACES = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@triton.jit
-def rounding_kernel(x_ptr, near_ptr, chance_ptr, bits_ptr, n, seed, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK).to(tl.int64)
-    mask = index < n
-    x = tl.load(x_ptr + index, mask=mask)
-    dtype: tl.constexpr = near_ptr.dtype.element_ty
-    tl.store(near_ptr + index, _rounding.nearest(x, dtype, True), mask=mask)
-    tl.store(chance_ptr + index, _rounding.stochastic(x, dtype, seed, index), mask=mask)
-    tl.store(bits_ptr + index, _rounding.noise(seed, index), mask=mask)
-
-
-def special() -> Tensor:
-    """Return numbers of all sizes: subnormal ones of each format, such as overflow in one of them, Inf and NaN."""
-    powers = torch.randint(-149, 128, (4000,)).to(torch.float64)
-    numbers = (torch.randn(4000, dtype=torch.float64) * 2.0**powers).float()
-    halves = torch.randn(2000) * 2.0 ** torch.randint(-26, 17, (2000,)).float()
-    inf, nan = float("inf"), float("nan")
-    edges = torch.tensor(
-        [0.0, -0.0, inf, -inf, nan, 65504, 65519.99, 65520, 65536, 3.4e38, -3.4e38, 2.0**-14, 2.0**-25]
-    )
-    payloads = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
-    return torch.cat([numbers, halves, edges, payloads])
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """All bits are the same, but for those of NaN."""
-    assert found.dtype == expected.dtype
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("seed", [0, 1, -5, 2**31 - 3, 2**40 + 7])
+@pytest.mark.parametrize("seed", checks.ROUNDING_SEEDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_are_rounded_to_the_very_bits_of_the_reference(dtype: torch.dtype, seed: int) -> None:
-    x = special()
-    near, chance = (torch.empty(x.shape, dtype=dtype) for _ in range(2))
-    bits = torch.empty(x.shape, dtype=torch.int32)
-    rounding_kernel[(1,)](x, near, chance, bits, len(x), _rounding.wrapped(seed), BLOCK=8192)
-    assert torch.equal(bits, reference.noise(len(x), [seed], x.device)[0])
-    assert_same(near, x.to(dtype))
-    assert_same(chance, reference.rounded_(x.clone(), dtype, [seed]).to(dtype))
-
-
-def whole(*shape: int) -> Tensor:
-    """Return small whole numbers, whose products and sums are exact."""
-    return torch.randint(-4, 5, shape).float()
-
-
-def weight(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Return a weight of few bits: what is added to it leaves no rounding of float32 before that of the weight."""
-    return LAYOUTS[layout](torch.randint(-127, 128, shape).div(64).to(dtype))
-
-
-def assert_sum(param: Tensor, product: Any, scaled: Any, **how: Any) -> None:
-    """The kernel does as the twin in float32, to the last bit where float32 has no rounding of its own."""
-    operands = [x for pair in (product, scaled) if pair is not None for x in pair]
-    before = [x.clone() for x in operands]
-    expected = param.clone(memory_format=torch.contiguous_format)
-    twins = [None if pair is None else tuple(x.float() for x in pair) for pair in (product, scaled)]
-    numbers = {name: how[name] for name in ("lr", "weight_decay", "seed") if name in how}
-    reference_apply.apply_sum_(expected, *twins, **numbers)  # type: ignore[arg-type]
-    factored_add.apply_sum_(param, product, scaled, **how)
-    assert torch.equal(param, expected)
-    assert all(torch.equal(x, y) for x, y in zip(operands, before, strict=True))
+    checks.rounds_to_the_bits_of_the_reference(checks.special(), dtype, seed)
 
 
 @interpreted
@@ -126,22 +52,20 @@ def test_a_sum_equals_its_twin(
     shape: tuple[int, int, int], dtype: torch.dtype, factors: torch.dtype, tiles: ProductTiles
 ) -> None:
     m, n, r = shape
-    product = whole(m, r).to(factors), whole(r, n).to(factors)
+    product = checks.whole(m, r, device="cpu").to(factors), checks.whole(r, n, device="cpu").to(factors)
     for seed in SEEDS[::2]:
-        assert_sum(weight((m, n), dtype), product, None, lr=0.25, weight_decay=0.5, seed=seed, tiles=tiles)
+        checks.assert_sum(
+            checks.weight((m, n), dtype, device="cpu"), product, None, lr=0.25, weight_decay=0.5, seed=seed, tiles=tiles
+        )
 
 
 @interpreted
 @pytest.mark.parametrize("which", ["rows", "columns", "one", "alone"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scaled_matrix_is_added_too(dtype: torch.dtype, which: str) -> None:
-    m, n, r = 20, 70, 5
-    factors = whole(*{"rows": (m, 1), "columns": (1, n), "one": (1, 1), "alone": (1, n)}[which])
-    product = None if which == "alone" else (whole(m, r).to(dtype), whole(r, n).to(dtype))
     for tiles in (SMALL, HALVED):
         for layout in LAYOUTS:
-            scaled = LAYOUTS[layout](whole(m, n).to(dtype)), factors
-            assert_sum(weight((m, n), dtype), product, scaled, lr=0.25, weight_decay=0.5, seed=3, tiles=tiles)
+            checks.a_scaled_matrix_is_added((20, 70, 5), dtype, which, layout, "cpu", tiles=tiles)
 
 
 @interpreted
@@ -149,9 +73,12 @@ def test_a_scaled_matrix_is_added_too(dtype: torch.dtype, which: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sum_takes_any_strides_and_its_noise_goes_by_rows(dtype: torch.dtype, layout: str) -> None:
     for left in LAYOUTS:
-        product = LAYOUTS[left](whole(40, 21).to(dtype)), LAYOUTS[layout](whole(21, 37).to(dtype))
-        param = weight((40, 37), dtype, layout)
-        assert_sum(param, product, None, lr=0.125, weight_decay=1.0, seed=11, tiles=SMALL)
+        product = (
+            LAYOUTS[left](checks.whole(40, 21, device="cpu").to(dtype)),
+            LAYOUTS[layout](checks.whole(21, 37, device="cpu").to(dtype)),
+        )
+        param = checks.weight((40, 37), dtype, layout, device="cpu")
+        checks.assert_sum(param, product, None, lr=0.125, weight_decay=1.0, seed=11, tiles=SMALL)
 
 
 @interpreted
@@ -159,10 +86,10 @@ def test_a_sum_takes_any_strides_and_its_noise_goes_by_rows(dtype: torch.dtype, 
 @pytest.mark.parametrize("shape", [(160, 144, 80), (70, 131, 67)], ids=str)
 def test_a_sum_equals_its_twin_as_shipped(shape: tuple[int, int, int], factors: torch.dtype) -> None:
     m, n, r = shape
-    product = whole(m, r).to(factors), whole(n, r).to(factors).mT
+    product = checks.whole(m, r, device="cpu").to(factors), checks.whole(n, r, device="cpu").to(factors).mT
     for precision in ("ieee", "tf32x3"):
-        param = weight((m, n), torch.bfloat16)
-        assert_sum(param, product, None, lr=0.25, weight_decay=0.5, seed=1, precision=precision)
+        param = checks.weight((m, n), torch.bfloat16, device="cpu")
+        checks.assert_sum(param, product, None, lr=0.25, weight_decay=0.5, seed=1, precision=precision)
 
 
 @interpreted
@@ -173,8 +100,9 @@ def test_a_sum_equals_its_twin_as_shipped(shape: tuple[int, int, int], factors: 
     factors=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
     seed=st.sampled_from(SEEDS),
-    rates=st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 1.0]), st.booleans()),
+    on_device=st.booleans(),
     group=st.integers(1, 4),
+    **checks.RATES,
 )
 def test_a_sum_equals_its_twin_anywhere(
     shape: tuple[int, int, int],
@@ -182,15 +110,20 @@ def test_a_sum_equals_its_twin_anywhere(
     factors: torch.dtype,
     layouts: tuple[str, str, str],
     seed: int | None,
-    rates: tuple[float, float, bool],
+    lr: float,
+    weight_decay: float,
+    on_device: bool,
     group: int,
 ) -> None:
     m, n, r = shape
-    param = weight((m, n), dtype, layouts[0])
-    product = LAYOUTS[layouts[1]](whole(m, r).to(factors)), LAYOUTS[layouts[2]](whole(r, n).to(factors))
-    lr = torch.tensor(rates[0]) if rates[2] else rates[0]
+    param = checks.weight((m, n), dtype, layouts[0], device="cpu")
+    product = (
+        LAYOUTS[layouts[1]](checks.whole(m, r, device="cpu").to(factors)),
+        LAYOUTS[layouts[2]](checks.whole(r, n, device="cpu").to(factors)),
+    )
+    rate = torch.tensor(lr) if on_device else lr
     tiles = SMALL._replace(group=group)
-    assert_sum(param, product, None, lr=lr, weight_decay=rates[1], seed=seed, tiles=tiles)
+    checks.assert_sum(param, product, None, lr=rate, weight_decay=weight_decay, seed=seed, tiles=tiles)
 
 
 @interpreted
@@ -211,18 +144,7 @@ def test_a_sum_of_any_numbers_is_as_near_as_its_dtype_allows(dtype: torch.dtype,
 @interpreted
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_sum_reads_and_writes_its_own_elements_only(transposed: bool) -> None:
-    memory = [torch.full((3, 60, 90), float("nan")) for _ in range(4)]
-    param, left, right, matrix = (
-        m[1, 3 : 3 + rows, 5 : 5 + columns]
-        for m, rows, columns in zip(memory, (40, 40, 19, 40), (70, 19, 70, 70), strict=True)
-    )
-    for x in (param, left, right, matrix):
-        x.copy_(whole(*x.shape))
-    if transposed:
-        param, left, right, matrix = param.mT, right.mT, left.mT, matrix.mT
-    assert_sum(param, (left, right), (matrix, whole(1, 1)), lr=0.5, weight_decay=0.0, tiles=SMALL)
-    assert param.isfinite().all()
-    assert memory[0].isnan().sum() == memory[0].numel() - param.numel()
+    checks.a_sum_keeps_to_its_own_elements((40, 70, 19), "cpu", transposed, tiles=SMALL)
 
 
 @interpreted
@@ -238,16 +160,6 @@ def test_nan_and_inf_go_where_they_belong(dtype: torch.dtype, seed: int | None) 
     assert torch.equal(param.isinf().nonzero()[:, 1], torch.full((19,), 9))
 
 
-def assert_applied(param: Tensor, update: Tensor, **how: Any) -> None:
-    before, twin_update = update.clone(), update.float().clone()
-    expected = param.clone(memory_format=torch.contiguous_format)
-    numbers = {name: value for name, value in how.items() if name != "shape"}
-    reference_apply.apply_(expected, twin_update, **numbers)
-    apply.apply_(param, update, **how)
-    assert torch.equal(param, expected)
-    assert torch.equal(update, before)
-
-
 @interpreted
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("updates", DTYPES, ids=str)
@@ -257,8 +169,10 @@ def test_a_dense_update_equals_its_twin(
     shape: tuple[int, ...], dtype: torch.dtype, updates: torch.dtype, cautious: bool
 ) -> None:
     for seed in SEEDS[::2]:
-        update = whole(*shape).to(updates)
-        assert_applied(weight(shape, dtype), update, lr=0.25, weight_decay=0.5, seed=seed, cautious=cautious)
+        update = checks.whole(*shape, device="cpu").to(updates)
+        checks.assert_applied(
+            checks.weight(shape, dtype, device="cpu"), update, lr=0.25, weight_decay=0.5, seed=seed, cautious=cautious
+        )
 
 
 @interpreted
@@ -268,20 +182,28 @@ def test_a_dense_update_equals_its_twin(
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 2),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
     seed=st.sampled_from(SEEDS),
-    rates=st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 1.0]), st.booleans()),
+    on_device=st.booleans(),
     cautious=st.booleans(),
+    **checks.RATES,
 )
 def test_a_dense_update_equals_its_twin_anywhere(
     shape: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     layouts: tuple[str, str],
     seed: int | None,
-    rates: tuple[float, float, bool],
+    lr: float,
+    weight_decay: float,
+    on_device: bool,
     cautious: bool,
 ) -> None:
-    param, update = weight(shape, dtypes[0], layouts[0]), LAYOUTS[layouts[1]](whole(*shape).to(dtypes[1]))
-    lr = torch.tensor(rates[0]) if rates[2] else rates[0]
-    assert_applied(param, update, lr=lr, weight_decay=rates[1], seed=seed, cautious=cautious, shape=(256, 1))
+    param, update = (
+        checks.weight(shape, dtypes[0], layouts[0], device="cpu"),
+        LAYOUTS[layouts[1]](checks.whole(*shape, device="cpu").to(dtypes[1])),
+    )
+    rate = torch.tensor(lr) if on_device else lr
+    checks.assert_applied(
+        param, update, lr=rate, weight_decay=weight_decay, seed=seed, cautious=cautious, shape=(256, 1)
+    )
 
 
 @interpreted
@@ -289,8 +211,8 @@ def test_a_dense_update_equals_its_twin_anywhere(
 def test_a_dense_update_writes_its_own_elements_only(dtype: torch.dtype) -> None:
     memory = torch.full((3, 1000), float("nan"), dtype=dtype)
     for param in (memory[1], memory[1, 3:900], memory[1, 1:901:2], memory[:, 500:900:3].mT[1:130]):
-        param.copy_(weight(tuple(param.shape), dtype))
-        assert_applied(param, whole(*param.shape), lr=0.5, weight_decay=0.25, seed=9)
+        param.copy_(checks.weight(tuple(param.shape), dtype, device="cpu"))
+        checks.assert_applied(param, checks.whole(*param.shape, device="cpu"), lr=0.5, weight_decay=0.25, seed=9)
         assert memory.isfinite().sum() == param.numel()
         param.fill_(float("nan"))
 
@@ -298,10 +220,10 @@ def test_a_dense_update_writes_its_own_elements_only(dtype: torch.dtype) -> None
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_four_dimensions_are_written_in_their_own_order(dtype: torch.dtype) -> None:
-    param = weight((4, 3, 5, 5), dtype)
+    param = checks.weight((4, 3, 5, 5), dtype, device="cpu")
     # channels first in memory: rows of a view of two dimensions still follow one another in the weight
     param = param.transpose(0, 1).contiguous().transpose(0, 1).reshape(4, 3, 25)[..., :1].unsqueeze(-1)
-    assert_applied(param, whole(*param.shape), lr=0.5, weight_decay=0.25, seed=9)
+    checks.assert_applied(param, checks.whole(*param.shape, device="cpu"), lr=0.5, weight_decay=0.25, seed=9)
 
 
 GOOD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0}
@@ -502,7 +424,7 @@ def test_what_is_aligned_is_read_and_written_in_whole_vectors(built: dict[str, B
 
 
 def test_what_ships_is_what_is_imported() -> None:
-    folder = Path(__file__).parent.parent / "kernels"
+    folder = ROOT / "kernels"
     assert {Path(module.__file__ or "").resolve() for module in (apply, factored_add, _rounding)} == {
         folder / "apply.py",
         folder / "factored_add.py",

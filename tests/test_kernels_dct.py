@@ -1,8 +1,6 @@
 """The fast DCT in Triton: against its plain twin where it runs interpreted, and compiled for absent GPUs."""
 
-import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +17,40 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lowrank_optim.kernels import dct as kernel
 from lowrank_optim.kernels._launch import DCT_SIDES, DCT_WARPS, DctSplit, dct_rows, dct_split
 from tests.ahead import Built, Job, assert_fits, compiled
+from tests.alone import ROOT
+from tests.kernels import dct as checks
+from tests.kernels.common import DTYPES, distance, interpreted, poisoned
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # the least, no padding, padding of the first side, of both
 SIZES = [16, 512, 384, 272]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "rows": lambda x: torch.cat([x, x], -1)[:, : x.size(1)],
-    "shifted": lambda x: torch.cat([x[:, :1], x], -1)[:, 1:],
-    "expanded": lambda x: x[:1].expand(x.shape),
-}
-# Frobenius norm of the error, relative: constants, what is between the transforms and the result are rounded. Of large
-# matrices it is half of that
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-300))
-
-
-def matrix(m: int, n: int, dim: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Return a matrix with n elements along `dim` and m along the other."""
-    return LAYOUTS[layout](torch.randn((m, n) if dim == -1 else (n, m)).to(dtype))
-
-
-def assert_twins(x: Tensor, dim: int, **how: Any) -> tuple[Tensor, Tensor]:
-    """Compare with the twin in float64; what is handed in stays as it is."""
-    how = {"out_dtype": x.dtype} | how
-    before = x.clone()
-    found, energies = kernel.dct_energies(x, dim, **how)
-    assert torch.equal(x, before)
-    assert found.dtype == how["out_dtype"]
-    assert found.shape == x.shape
-    assert energies.dtype == torch.float32
-    assert energies.shape == (x.size(dim),)
-    expected = reference.dct(x.double(), dim) if x.numel() else x.double()
-    sums = (expected.abs() if how.get("ranking") == "l1" else expected.square()).sum(-3 - dim)
-    tolerance = max(TOLERANCES[x.dtype], TOLERANCES[found.dtype])
-    assert distance(found, expected) <= tolerance
-    assert distance(energies, sums) <= 2 * tolerance
-    return found, energies
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", SIZES)
+@poisoned("cpu")
 def test_it_equals_its_twin(n: int, dtype: torch.dtype, dim: int) -> None:
     for m in (1, 7):
-        found, _ = assert_twins(matrix(m, n, dim, dtype), dim)
+        found, _ = checks.assert_twins(checks.matrix(m, n, dim, dtype, device="cpu"), dim)
         assert found.stride(dim) == 1
-        assert_twins(matrix(m, n, dim, dtype), dim, ranking="l1")
+        checks.assert_twins(checks.matrix(m, n, dim, dtype, device="cpu"), dim, ranking="l1")
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [-1, -2])
+@poisoned("cpu")
 def test_it_equals_its_twin_on_any_strides(dim: int, dtype: torch.dtype, layout: str) -> None:
-    assert_twins(matrix(5, 80, dim, dtype, layout), dim)
+    checks.assert_twins(checks.matrix(5, 80, dim, dtype, layout, device="cpu"), dim)
 
 
 @interpreted
 @pytest.mark.parametrize("n", [1376, 2048, 4096, 5120, 8192])
 def test_it_equals_its_twin_on_the_sizes_of_models(n: int) -> None:
-    assert_twins(matrix(2, n, -1, torch.bfloat16), -1)
+    checks.assert_twins(checks.matrix(2, n, -1, torch.bfloat16, device="cpu"), -1)
 
 
 @interpreted
@@ -115,36 +60,21 @@ def test_it_equals_its_twin_on_the_sizes_of_models(n: int) -> None:
     second=st.integers(1, 5).map(lambda i: 8 * i),
     m=st.integers(0, 9),
     rows=st.integers(1, 4),
-    dim=st.sampled_from([-1, -2]),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "rows"]),
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 2),
-    ranking=st.sampled_from(["l2", "l1"]),
+    **checks.HOW,
 )
 def test_it_equals_its_twin_anywhere(
-    first: int,
-    second: int,
-    m: int,
-    rows: int,
-    dim: int,
-    layout: str,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    ranking: str,
+    first: int, second: int, m: int, dtypes: tuple[torch.dtype, torch.dtype], dim: int, layout: str, **how: Any
 ) -> None:
     dtype, out_dtype = dtypes
-    x = matrix(m, first * second, dim, dtype, layout)
-    split = DctSplit(first, second, 1, 1)
-    assert_twins(x, dim, out_dtype=out_dtype, ranking=ranking, split=split, rows=rows)
+    x = checks.matrix(m, first * second, dim, dtype, layout, device="cpu")
+    checks.assert_twins(x, dim, out_dtype=out_dtype, split=DctSplit(first, second, 1, 1), **how)
 
 
 @interpreted
 @pytest.mark.parametrize("n", [512, 1376, 4096])
 def test_it_is_about_as_far_from_the_truth_as_a_product_in_bfloat16(n: int) -> None:
-    x = torch.randn(4, n).bfloat16()
-    expected = reference.dct(x.double(), -1)
-    plain = x.double() @ cosine.dct_matrix(n, torch.bfloat16, CPU).double()
-    for out_dtype, factor in ((torch.bfloat16, 1.3), (torch.float32, 1.6)):
-        found, _ = kernel.dct_energies(x, -1, out_dtype=out_dtype)
-        assert distance(found, expected) <= min(3e-3, factor * distance(plain.to(out_dtype), expected))
+    checks.is_near(n, 4, "cpu", {torch.bfloat16: 1.3, torch.float32: 1.6})
 
 
 @interpreted
@@ -157,23 +87,20 @@ def test_a_cosine_is_one_coefficient() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_in_one_launch_equal_each_alone(dtype: torch.dtype, dim: int) -> None:
+    checks.many_equal_each_alone(dim, dtype, "cpu")
+
+
+@interpreted
 def test_a_row_gets_the_same_bits_in_every_matrix_and_sums_the_same_each_time() -> None:
-    x = matrix(9, 96, -1, torch.bfloat16)
-    together, energies = kernel.dct_energies(x, -1, out_dtype=torch.float32)
-    again = kernel.dct_energies(x, -1, out_dtype=torch.float32)
-    assert torch.equal(together, again[0])
-    assert torch.equal(energies, again[1])
-    for i, rows in ((0, 1), (8, 3), (4, 100)):
-        alone, _ = kernel.dct_energies(x[i : i + 1], -1, out_dtype=torch.float32, rows=rows)
-        assert torch.equal(alone[0], together[i])
-    columns, sums = kernel.dct_energies(x.mT.contiguous(), -2, out_dtype=torch.float32)
-    assert torch.equal(columns.mT, together)
-    assert torch.equal(sums, energies)
+    checks.bits_are_the_same(9, 96, torch.bfloat16, "cpu", ((0, 1), (8, 3), (4, 100)))
 
 
 @interpreted
 def test_coefficients_are_rounded_to_nearest_and_sums_are_of_what_was_not() -> None:
-    x = matrix(4, 96, -1, torch.bfloat16)
+    x = checks.matrix(4, 96, -1, torch.bfloat16, device="cpu")
     exact, energies = kernel.dct_energies(x, -1, out_dtype=torch.float32)
     torch.testing.assert_close(energies, exact.square().sum(0), rtol=1e-6, atol=0)
     for dtype in (torch.bfloat16, torch.float16):
@@ -186,24 +113,13 @@ def test_coefficients_are_rounded_to_nearest_and_sums_are_of_what_was_not() -> N
 @pytest.mark.filterwarnings("ignore:.*invalid value encountered.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_goes_to_its_row_and_all_sums(dtype: torch.dtype) -> None:
-    x = matrix(6, 48, -1, dtype)
-    x[4, 7] = float("nan")
-    found, energies = kernel.dct_energies(x, -1, out_dtype=dtype, rows=3)
-    assert found.isnan().all(1).tolist() == [False] * 4 + [True, False]
-    assert found[[0, 1, 2, 3, 5]].isfinite().all()
-    assert energies.isnan().all()
+    checks.nan_goes_to_its_row_and_all_sums(6, 48, dtype, "cpu", rows=3)
 
 
 @interpreted
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_it_reads_its_own_elements_only(dim: int) -> None:
-    """What is beside the matrix in its memory is NaN."""
-    for layout in ((4, 16), (3, 5)):
-        memory = torch.full((20, 48), float("nan"))
-        x = memory[layout[0] :, layout[1] :][:16, :16]
-        x.copy_(torch.randn(16, 16))
-        assert_twins(x, dim)
-        assert_twins(x.mT, dim)
+    checks.its_own_elements_are_read_only(16, ((4, 16), (3, 5)), dim, "cpu")
 
 
 @interpreted
@@ -218,7 +134,7 @@ def test_large_and_small_numbers_survive(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("x", "dim", "out_dtype", "message"),
     [
-        (torch.ones(1, 4, 16), -1, torch.float32, r"needs a matrix .* not torch.float32 of shape \(1, 4, 16\)"),
+        (torch.ones(1, 4, 16), -1, torch.float32, r"needs matrices .* not torch.float32 of shape \(1, 4, 16\)"),
         (torch.ones(4, 16).double(), -1, torch.float32, r"float32, bfloat16 or float16.*not torch.float64 of"),
         (torch.ones(4, 16), -1, torch.float64, r"out_dtype of .*, torch.float64 and -1"),
         (torch.ones(4, 16), 1, torch.float32, r"dim -1 or -2, not .* and 1"),
@@ -267,12 +183,21 @@ def test_the_table_wastes_no_more_than_it_must() -> None:
 
 
 def job(
-    target: str, dtype: str, out_dtype: str, first: int, second: int, warps: int, stages: int, squares: bool = True
+    target: str,
+    dtype: str,
+    out_dtype: str,
+    first: int,
+    second: int,
+    warps: int,
+    stages: int,
+    squares: bool = True,
+    table: bool = False,
 ) -> Job:
     types = {"x_ptr": dtype, "out_ptr": out_dtype, "partial_ptr": "fp32", "first_ptr": dtype}
-    types |= {"turns_ptr": "fp32", "second_ptr": dtype}
+    types |= {"turns_ptr": "fp32", "second_ptr": dtype, "table_ptr": "i64" if table else dtype}
     side2, side1 = DctSplit(first, second, 1, 1).sides
     constants = {"N1": second, "N2": first, "SIDE1": side1, "SIDE2": side2, "SQUARES": squares, "INTERPRETED": False}
+    constants["TABLE"] = table
     constants["PRECISION"] = "tf32x3" if dtype == "fp32" and target != "gfx942" else "ieee"
     return Job(
         module="dct",
@@ -299,6 +224,7 @@ for target, tables in DCT_SIDES.items():
             JOBS[f"{dtype} {name} {target}"] = job(target, dtype, dtype, first, second, warps, stages)
 JOBS["fp16 2048 sm_90a"] = job("sm_90a", "fp16", "fp16", 64, 32, 4, 3)
 JOBS["bf16 4096 sm_90a"] = job("sm_90a", "bf16", "bf16", 64, 64, 4, 3)
+JOBS["bf16 many sm_90a"] = job("sm_90a", "bf16", "bf16", 64, 64, 4, 3, table=True)
 JOBS["bf16 to-fp32 sm_90a"] = job("sm_90a", "bf16", "fp32", 64, 64, 4, 3, squares=False)
 for dtype in ("bf16", "fp32"):
     types = {"x_ptr": "*" + dtype, "out_ptr": "*" + dtype, "m": "i32", "n": "i32", "stride": "i32"}

@@ -1,8 +1,6 @@
 """Adam with stored moments in one kernel: interpreted, against its plain twin, and compiled for absent GPUs."""
 
-import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,116 +20,13 @@ from lowrank_optim._types import Tick
 from lowrank_optim.kernels import adam, moments
 from lowrank_optim.kernels._launch import launch_shape
 from tests.ahead import SHARED, Built, Job, assert_fits, compiled
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-State = dict[str, Tensor]
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# one element, odd, a block of either kind exactly, blocks and a rest, more than a program's
-SHAPES = [(1,), (3, 5), (64,), (256,), (7, 101), (33, 65)]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-}
-NUMBERS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+from tests.alone import ROOT
+from tests.kernels import moments as checks
+from tests.kernels.common import DTYPES, LAYOUTS, interpreted, poisoned
+from tests.kernels.moments import NUMBERS, fresh, gradient, on
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def fresh(shape: tuple[int, ...], state_dtype: str, count: int = 1) -> list[State]:
-    """Return moments that are zero."""
-
-    def new(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype)
-
-    kept: Any = storage(state_dtype)
-    return [kept.init("exp_avg", shape, new) | kept.init("exp_avg_sq", shape, new, signed=False) for _ in range(count)]
-
-
-def copies(states: list[State]) -> list[State]:
-    return [{name: x.clone() for name, x in state.items()} for state in states]
-
-
-def gradient(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Return numbers of very different magnitudes."""
-    return (scale * torch.randn(shape) * torch.rand(shape) ** 4).to(dtype)
-
-
-def codes(x: Tensor, packed: bool) -> Tensor:
-    return (reference.unpack(x, 2 * x.numel()) if packed else x).int()
-
-
-def assert_kept(ours: list[State], twins: list[State], state_dtype: str, scale: float = 1.0) -> None:
-    """Scales and float32 are the same but for rounding; codes are, but for a few that are one apart.
-
-    A first moment is a sum of gradients of about `scale`, and may be much smaller than they are.
-    """
-    for our, twin in zip(ours, twins, strict=True):
-        for name, expected in twin.items():
-            atol = 2e-38 if name.startswith("exp_avg_sq") else 1e-6 * scale
-            if expected.dtype == torch.float32:
-                torch.testing.assert_close(our[name], expected, rtol=1e-6, atol=atol)
-                continue
-            apart = (codes(our[name], state_dtype == "int4") - codes(expected, state_dtype == "int4")).abs()
-            if expected.dtype == torch.bfloat16:
-                apart = our[name] != expected
-                torch.testing.assert_close(our[name], expected, rtol=2.0**-7, atol=atol)
-            assert apart.numel() == 0 or apart.max() <= 1, name
-            assert apart.count_nonzero() <= 1 + expected.numel() / 1000, name
-
-
-def assert_twins(
-    shape: tuple[int, ...],
-    state_dtype: str,
-    *,
-    grad_dtype: torch.dtype = torch.float32,
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    betas: tuple[float, float] = (0.9, 0.999),
-    scale: float = 1.0,
-    count: int = 1,
-    rounds: int = 3,
-) -> None:
-    twins = fresh(shape, state_dtype, count)
-    for step in range(1, rounds + 1):
-        ours = copies(twins)
-        grads = [LAYOUTS[layout](gradient(shape, grad_dtype, scale)) for _ in range(count)]
-        before = [grad.clone() for grad in grads]
-        how: dict[str, Any] = {
-            "state_dtype": state_dtype,
-            "betas": betas,
-            "eps": 1e-8,
-            "steps": [step + 5 * i for i in range(count)],
-            # more than 31 bits, and such that counters wrap around
-            "seeds": [(0xFFFFFFF0 + 977 * i + step) % (1 << 32) for i in range(count)],
-            "scale": (1.0, 0.25, 128.0)[step % 3],
-        }
-        directions = adam.stored_adam_directions_(grads, ours, **how, dtype=dtype)
-        expected = reference_moments.stored_adam_directions_(grads, twins, **how)
-        assert all(torch.equal(x, y) for x, y in zip(grads, before, strict=True))
-        for direction, whole in zip(directions, expected, strict=True):
-            assert direction.dtype == dtype
-            assert direction.shape == shape
-            assert direction.is_contiguous()
-            half = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-            torch.testing.assert_close(direction.float(), whole, rtol=1e-5 + half, atol=1e-5 * how["scale"])
-        assert_kept(ours, twins, state_dtype, scale)
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), *SHAPES, (3, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), *checks.SHAPES, (3, 256)], ids=str)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_the_twin_keeps_what_storage_keeps(state_dtype: str, shape: tuple[int, ...]) -> None:
     ours, theirs = fresh(shape, state_dtype), fresh(shape, state_dtype)
@@ -160,93 +55,49 @@ def test_the_twin_does_what_the_rule_does(state_dtype: str) -> None:
         grads, ours, state_dtype=state_dtype, steps=steps, seeds=seeds, **NUMBERS
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert_kept(ours, theirs, state_dtype)
+    checks.assert_kept(ours, theirs, state_dtype)
     assert adam._APART.value == reference_moments._APART == _APART
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", checks.SHAPES, ids=str)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@poisoned("cpu")
 def test_it_equals_its_twin(state_dtype: str, shape: tuple[int, ...], grad_dtype: torch.dtype) -> None:
-    assert_twins(shape, state_dtype, grad_dtype=grad_dtype)
+    checks.assert_twins(shape, state_dtype, grad_dtype=grad_dtype, device="cpu")
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@poisoned("cpu")
 def test_many_in_one_launch_equal_their_twins(state_dtype: str, layout: str, dtype: torch.dtype) -> None:
-    assert_twins((9, 31), state_dtype, grad_dtype=torch.float16, dtype=dtype, layout=layout, count=3, rounds=2)
+    checks.assert_twins(
+        (9, 31), state_dtype, grad_dtype=torch.float16, dtype=dtype, layout=layout, count=3, rounds=2, device="cpu"
+    )
 
 
 @interpreted
 @settings(max_examples=25, deadline=None)
-@given(
-    shape=st.lists(st.integers(0, 40), min_size=0, max_size=2).map(tuple),
-    state_dtype=st.sampled_from(STATE_DTYPES),
-    beta1=st.floats(0, 0.99),
-    beta2=st.floats(0.5, 0.9999),
-    scale=st.sampled_from([1e-30, 1e-15, 1e-3, 1e3, 1e15]),
-    count=st.integers(1, 2),
-)
-def test_it_equals_its_twin_anywhere(
-    shape: tuple[int, ...], state_dtype: str, beta1: float, beta2: float, scale: float, count: int
-) -> None:
-    assert_twins(shape, state_dtype, betas=(beta1, beta2), scale=scale, count=count, rounds=2)
+@given(shape=st.lists(st.integers(0, 40), min_size=0, max_size=2).map(tuple), count=st.integers(1, 2), **checks.HOW)
+def test_it_equals_its_twin_anywhere(**case: Any) -> None:
+    checks.anywhere(**case, device="cpu")
 
 
 @interpreted
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_a_matrix_gets_the_same_bits_alone_and_among_others(state_dtype: str) -> None:
-    shape = (20, 30)
-    together, alone = fresh(shape, state_dtype, 3), fresh(shape, state_dtype, 3)
-    for step in (1, 2):
-        grads = [gradient(shape) for _ in range(3)]
-        how: dict[str, Any] = {"state_dtype": state_dtype, **NUMBERS}
-        steps, seeds = [step, 7, 100], [step, 1, 1 << 31]
-        found = adam.stored_adam_directions_(grads, together, steps=steps, seeds=seeds, **how)
-        for i in range(3):
-            some = slice(i, i + 1)
-            direction = adam.stored_adam_directions_(
-                grads[some], alone[some], steps=steps[some], seeds=seeds[some], **how
-            )
-            assert torch.equal(direction[0], found[i])
-            assert all(torch.equal(alone[i][key], together[i][key]) for key in alone[i])
-    assert reference.stacks(found)[0].shape == (3, *shape)
+    found = checks.bits_are_the_same((20, 30), state_dtype, (7, 100), (1, 1 << 31), "cpu")
+    assert reference.stacks(found)[0].shape == (3, 20, 30)
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8", "int4"])
 def test_blocks_of_nan_inf_zero_and_of_the_smallest_numbers(state_dtype: str) -> None:
-    size = moments.ROWS_OF[state_dtype]
-    grad = gradient((5 * size + 3,))
-    blocks = [grad[start : start + size] for start in range(0, grad.numel(), size)]
-    blocks[0][5], blocks[1][9], blocks[5][2] = float("nan"), float("inf"), float("-inf")
-    blocks[2].zero_()
-    blocks[3].mul_(1e-37)
-    ours, twins = fresh(grad.shape, state_dtype), fresh(grad.shape, state_dtype)
-    how: dict[str, Any] = {"state_dtype": state_dtype, "steps": [1], "seeds": [3], **NUMBERS}
-    found = adam.stored_adam_directions_([grad], ours, **how)[0]
-    expected = reference_moments.stored_adam_directions_([grad], twins, **how)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    for name in ("exp_avg", "exp_avg_sq"):
-        read, wanted = (reference_moments.read_moment(s[0], name, grad.shape, state_dtype) for s in (ours, twins))
-        assert torch.equal(read.isfinite(), wanted.isfinite())
-        assert torch.equal(read.isfinite().all(), torch.tensor(False))
-        if state_dtype != "bfloat16":
-            bad = torch.cat([read[: 2 * size], read[5 * size :]])
-            assert not bad.isfinite().any()
-        good = read[2 * size : 5 * size]
-        assert good.isfinite().all()
-        torch.testing.assert_close(good, wanted[2 * size : 5 * size], rtol=1e-5, atol=1e-44)
-    # and so they are read again
-    found = adam.stored_adam_directions_([torch.ones_like(grad)], ours, **how)[0]
-    expected = reference_moments.stored_adam_directions_([torch.ones_like(grad)], twins, **how)[0]
-    assert torch.equal(found.isnan(), expected.isnan())
+    checks.blocks_of_any_numbers(state_dtype, "cpu", 1e-37, 1e-44)
 
 
 @interpreted
@@ -260,7 +111,7 @@ def test_what_does_not_change_is_kept_as_it_is(state_dtype: str) -> None:
         scale = scale[0]
     reference_moments.write_moment_(state, "exp_avg", sign * scale, state_dtype, 1)
     reference_moments.write_moment_(state, "exp_avg_sq", scale.square().expand(1024), state_dtype, 1)
-    before = copies([state])[0]
+    before = on("cpu", [state])[0]
     for seed in range(3):
         adam.stored_adam_directions_(
             [sign * scale], [state], state_dtype=state_dtype, steps=[9], seeds=[seed], betas=(0.5, 0.5), eps=1e-8
@@ -272,22 +123,10 @@ def test_what_does_not_change_is_kept_as_it_is(state_dtype: str) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_it_writes_its_own_elements_only_and_needs_no_alignment(state_dtype: str, count: int) -> None:
-    shape = (327,)
-    whole, parts = [], []
-    for state in fresh(shape, state_dtype, count):
-        memory = {name: torch.full((x.numel() + 2,), 77, dtype=x.dtype) for name, x in state.items()}
-        whole += memory.values()
-        parts.append({name: x[1:-1].zero_() for name, x in memory.items()})
-    twins = copies(parts)
-    grads = [gradient((count, 329))[i, 1:-1] for i in range(count)]
-    how: dict[str, Any] = {"state_dtype": state_dtype, "steps": [1] * count, "seeds": [3] * count, **NUMBERS}
-    adam.stored_adam_directions_(grads, parts, **how)
-    reference_moments.stored_adam_directions_(grads, twins, **how)
-    assert_kept(parts, twins, state_dtype)
-    assert all(x[0] == 77 and x[-1] == 77 for x in whole)
+    checks.its_own_elements_are_written_only(327, state_dtype, count, "cpu")
 
 
-def refused(match: str, grads: list[Tensor], states: list[State], state_dtype: str = "int8", **how: Any) -> None:
+def refused(match: str, grads: list[Tensor], states: list[checks.State], state_dtype: str = "int8", **how: Any) -> None:
     numbers: dict[str, Any] = {"steps": [1] * len(grads), "seeds": [0] * len(grads), **NUMBERS, **how}
     with pytest.raises(ValueError, match=match):
         adam.stored_adam_directions_(grads, states, state_dtype=state_dtype, **numbers)
@@ -312,14 +151,7 @@ def test_it_refuses_what_it_would_misread() -> None:
 
 @interpreted
 def test_a_program_may_be_of_other_sizes() -> None:
-    grad = gradient((3000,))
-    found = []
-    for launch in ((256, 1), (2048, 4), None):
-        state = fresh(grad.shape, "int4")
-        how: dict[str, Any] = {"state_dtype": "int4", "steps": [1], "seeds": [5], **NUMBERS}
-        direction = adam.stored_adam_directions_([grad], state, launch=launch, **how)[0]
-        found.append([direction, *state[0].values()])
-    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    checks.programs_may_be_of_other_sizes(3000, "int4", [(256, 1), (2048, 4)], "cpu")
 
 
 # what a launch of each kind is: of the gradient, of the direction, whether from a table
@@ -380,4 +212,4 @@ def test_accesses_are_as_wide_as_eight_elements_a_thread_let_them_be(built: dict
 
 
 def test_what_ships_is_what_is_imported() -> None:
-    assert Path(moments.__file__).resolve() == Path(__file__).parent.parent / "kernels" / "moments.py"
+    assert Path(moments.__file__).resolve() == ROOT / "kernels" / "moments.py"

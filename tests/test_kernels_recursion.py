@@ -1,10 +1,8 @@
 """The Gram recursion in Triton: against its plain twin where it runs interpreted, and compiled for absent GPUs."""
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,106 +12,46 @@ from torch import Tensor
 
 from lowrank_optim import reference_matrix, reference_recursion
 from lowrank_optim.coefficients import REGISTRY, table
-from lowrank_optim.orthogonal import restarts
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lowrank_optim.kernels import recursion as kernel
-from lowrank_optim.kernels._launch import RECURSIONS, Tiles
+from lowrank_optim.kernels._launch import HOPPER_RECURSIONS, RECURSIONS, Tiles
 from tests.ahead import SHARED, Built, Job, assert_fits, compiled
+from tests.alone import ROOT
+from tests.kernels import recursion as checks
+from tests.kernels.common import DTYPES, READABLE, interpreted, poisoned
 
-ROOT = Path(__file__).parent.parent
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (matrices, n): one element, each padded side exactly, one less and one more, and what is far from any
 SHAPES = [(1, 1), (5, 2), (5, 15), (1, 16), (5, 17), (1, 48), (1, 64), (2, 65), (1, 128)]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:1].expand(x.shape),
-}
-# of a result, in units of its largest number
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-# tables whose Gram form does without a restart in float32
-ONCE = [name for name in REGISTRY if restarts(table(name), once=True) == ()]
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def normalized(x: Tensor) -> Tensor:
-    return x / torch.linalg.matrix_norm(x, keepdim=True)
-
-
-def gram(batch: int, n: int, layout: str = "contiguous") -> Tensor:
-    """Return R of Gaussian matrices twice as long as high."""
-    x = normalized(torch.randn(batch, n, 2 * n))
-    return LAYOUTS[layout](x @ x.mT)
-
-
-def assert_twins(r: Tensor, name: str = "you", steps: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Compare with the twin in float64; what is handed in stays as it is."""
-    before = r.clone()
-    found = kernel.gram_recursion(r, table(name, steps), dtype=dtype)
-    expected = reference_recursion.gram_recursion(r.double(), table(name, steps))
-    assert torch.equal(r, before)
-    assert found.dtype == dtype
-    assert found.shape == r.shape
-    assert found.is_contiguous()
-    if found.numel():
-        largest = expected.abs().max()
-        assert (found - expected).abs().max() <= TOLERANCES[dtype] * largest
-        assert (found - found.mT).abs().max() <= 2 * TOLERANCES[dtype] * largest
-    return found
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@poisoned("cpu")
 def test_it_equals_its_twin(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert_twins(gram(*shape), dtype=dtype)
+    checks.assert_twins(checks.gram(*shape, device="cpu"), dtype=dtype)
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", READABLE)
 @pytest.mark.parametrize("n", [16, 33])
+@poisoned("cpu")
 def test_it_equals_its_twin_on_any_strides(n: int, layout: str) -> None:
-    assert_twins(gram(3, n, layout))
+    checks.assert_twins(checks.gram(3, n, layout, device="cpu"))
 
 
 @interpreted
 @settings(max_examples=20, deadline=None)
-@given(
-    shape=st.tuples(st.integers(0, 3), st.integers(0, 40)),
-    name=st.sampled_from(ONCE),
-    steps=st.none() | st.integers(1, 3),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_it_equals_its_twin_anywhere(
-    shape: tuple[int, int], name: str, steps: int | None, layout: str, dtype: torch.dtype
-) -> None:
-    assert_twins(gram(*shape, layout), name, steps, dtype)
+@given(shape=st.tuples(st.integers(0, 3), st.integers(0, 40)), **checks.HOW)
+def test_it_equals_its_twin_anywhere(**case: Any) -> None:
+    checks.anywhere(**case, device="cpu")
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_twin_is_the_gram_form_without_restarts(name: str) -> None:
-    x = normalized(torch.randn(3, 12, 40, dtype=torch.float64))
+    x = checks.normalized(torch.randn(3, 12, 40, dtype=torch.float64))
     expected = reference_matrix.gram_newton_schulz(x, table(name), (), reference_matrix.Whole())
     found = reference_recursion.gram_recursion(x @ x.mT, table(name)) @ x
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -121,27 +59,10 @@ def test_the_twin_is_the_gram_form_without_restarts(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", checks.ONCE)
 @pytest.mark.parametrize("n", [24, 100])
 def test_it_makes_polynomials_of_singular_values(n: int, name: str) -> None:
-    x = normalized(torch.randn(2, n, 3 * n))
-    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    for a, b, c in table(name):
-        s = s * (a + b * s**2 + c * s**4)
-    expected = (u * s.unsqueeze(-2)) @ vh
-    found = kernel.gram_recursion(x @ x.mT, table(name)) @ x
-    assert (found - expected).norm() <= 1e-4 * expected.norm()
-
-
-def spectra(n: int) -> dict[str, Tensor]:
-    """Matrices that half precision finds hard, in bfloat16."""
-    u, v = (torch.linalg.qr(torch.randn(m, n, dtype=torch.float64)).Q for m in (n, 4 * n))
-    first, steps = torch.arange(n), torch.linspace(0, 1, n, dtype=torch.float64)
-    values = {"geometric": 10 ** (-3 * steps), "steep": 10 ** (-5 * steps), "rank 10": (first < 10).double()}
-    values["two spikes"] = torch.where(first < 2, 1.0, 1e-3).double()
-    matrices = {name: (u * s) @ v.mT for name, s in values.items()}
-    matrices |= {"Gaussian": torch.randn(n, 4 * n).double(), "all alike": torch.ones(n, 4 * n).double()}
-    return {name: normalized(x).bfloat16().unsqueeze(0) for name, x in matrices.items()}
+    checks.is_a_polynomial_of_singular_values(n, name, "cpu")
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,10 +88,10 @@ def recursion_in_three_products(r: Tensor, name: str) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", checks.ONCE)
 @pytest.mark.parametrize("n", [48, 100])
 def test_neither_it_nor_what_tensor_cores_make_of_it_needs_a_restart(n: int, name: str) -> None:
-    for kind, x in spectra(n).items():
+    for kind, x in checks.spectra(n, "cpu").items():
         exact = reference_matrix.newton_schulz(x.double(), table(name), reference_matrix.Whole())
         plain = reference_matrix.newton_schulz(x, table(name), reference_matrix.Whole())
         r = x.float() @ x.float().mT
@@ -183,42 +104,28 @@ def test_neither_it_nor_what_tensor_cores_make_of_it_needs_a_restart(n: int, nam
 @interpreted
 @pytest.mark.parametrize("n", [5, 16, 33])
 def test_zeros_give_the_product_of_the_slopes(n: int) -> None:
-    found = kernel.gram_recursion(torch.zeros(2, n, n), table("you"))
-    slopes = prod(a for a, _, _ in table("you"))
-    torch.testing.assert_close(found, slopes * torch.eye(n).expand(2, n, n))
+    checks.zeros_give_the_product_of_the_slopes(n, "cpu")
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:.*invalid value encountered.*:RuntimeWarning")
 def test_nan_stays_in_its_matrix() -> None:
-    r = gram(3, 20)
-    clean = kernel.gram_recursion(r, table("you"))
-    r[1, 3, 4] = float("nan")
-    found = kernel.gram_recursion(r, table("you"), dtype=torch.bfloat16)
-    assert found[1].isnan().all()
-    assert torch.equal(found[::2], clean[::2].bfloat16())
+    checks.nan_stays_in_its_matrix(20, "cpu")
 
 
 @interpreted
 def test_a_matrix_gets_the_same_bits_in_every_stack() -> None:
-    r = gram(3, 20)
-    together = kernel.gram_recursion(r, table("you"))
-    assert torch.equal(together, kernel.gram_recursion(r, table("you")))
-    for i in range(3):
-        assert torch.equal(kernel.gram_recursion(r[i : i + 1], table("you"))[0], together[i])
+    checks.bits_are_the_same(3, 20, "cpu", (0, 1, 2))
 
 
 @interpreted
 def test_it_reads_its_own_elements_only() -> None:
-    memory = torch.full((4, 40, 80), float("nan"))
-    r = memory[1:3, 3:36, 5:38]
-    r.copy_(gram(2, 33))
-    assert_twins(r)
+    checks.its_own_elements_are_read_only(33, "cpu")
 
 
 @interpreted
 def test_tiles_and_precision_can_be_swept() -> None:
-    r = gram(1, 20)
+    r = checks.gram(1, 20, device="cpu")
     expected = kernel.gram_recursion(r, table("you"))
     for tiles in (Tiles(32, 16, 1, 1), Tiles(64, 32, 4, 2)):
         for precision in ("ieee", "tf32x3"):
@@ -254,6 +161,7 @@ def test_it_refuses_what_it_would_misread(r: Tensor, triples: list, how: dict, m
 def test_the_table_is_whole() -> None:
     assert [tiles.side for tiles in RECURSIONS] == [16, 32, 64, 128]
     assert all(tiles.side % tiles.depth == 0 and tiles.depth >= 16 for tiles in RECURSIONS)
+    assert all(tiles.side == side for side, tiles in HOPPER_RECURSIONS.items())
     assert kernel.LARGEST == 128
 
 
@@ -265,17 +173,18 @@ def jobs() -> dict[str, Job]:
     types = {"r_ptr": "*fp32", "triples_ptr": "*fp32", "kept_ptr": "*fp32"}
     types |= dict.fromkeys(("n", "r_batch", "r_row", "r_column"), "i32")
     work = {}
-    for tiles in RECURSIONS:
-        for targets, precision in ((NVIDIA, "tf32x3"), (("gfx942",), "ieee")):
-            for kind, out in (("aligned", "*fp32"), ("odd", "*bf16")):
-                constants = {"SIDE": tiles.side, "DEPTH": tiles.depth, "PRECISION": precision}
-                constants |= {"STEPS": 5, "INTERPRETED": False} | ({"r_column": 1} if kind == "aligned" else {})
-                odd = ("n", "r_batch", "r_row", "r_column") if kind == "odd" else ()
-                options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-                name = f"{tiles.side} {kind} {out} {precision}"
-                work[name] = Job(
-                    "recursion", "recursion_kernel", types | {"out_ptr": out}, constants, odd, options, targets
-                )
+    shipped = [(tiles, *how) for tiles in RECURSIONS for how in ((NVIDIA, "tf32x3"), (("gfx942",), "ieee"))]
+    shipped += [(tiles, ("sm_90a",), "tf32x3") for tiles in HOPPER_RECURSIONS.values()]
+    for tiles, targets, precision in shipped:
+        for kind, out in (("aligned", "*fp32"), ("odd", "*bf16")):
+            constants = {"SIDE": tiles.side, "DEPTH": tiles.depth, "PRECISION": precision}
+            constants |= {"STEPS": 5, "INTERPRETED": False} | ({"r_column": 1} if kind == "aligned" else {})
+            odd = ("n", "r_batch", "r_row", "r_column") if kind == "odd" else ()
+            options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+            name = f"{tiles.side} {kind} {out} {precision} by {tiles.depth}"
+            work[name] = Job(
+                "recursion", "recursion_kernel", types | {"out_ptr": out}, constants, odd, options, targets
+            )
     ones = constants | dict.fromkeys(("n", "r_batch", "r_row", "r_column"), 1) | {"STEPS": 1, "SIDE": 16, "DEPTH": 16}
     work["one element"] = Job("recursion", "recursion_kernel", types | {"out_ptr": "*fp32"}, ones, targets=("sm_90a",))
     return work
@@ -287,7 +196,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
 
 
 def test_every_shipped_configuration_compiles_without_spills_and_fits(built: dict[str, Built]) -> None:
-    assert len(built) == len(RECURSIONS) * len(SHARED) * 2 + 1
+    assert len(built) == len(RECURSIONS) * len(SHARED) * 2 + len(HOPPER_RECURSIONS) * 2 + 1
     for name, numbers in built.items():
         # AMD's scalars go to lanes of vector registers, and nothing to memory
         assert_fits(name, numbers, scalars=True)
@@ -312,10 +221,9 @@ def test_matrices_are_read_in_whole_vectors(built: dict[str, Built]) -> None:
         target, side, *_ = name.split()
         # of smaller ones some threads have less than a vector
         if side in ("64", "128"):
-            # two of each product, whatever the strides of R
-            wide = (
-                r"(?:buffer|global)_load_dwordx4" if target == "gfx942" else r"cp\.async\.cg\.\S+ \[.+\], \[.+\], 0x10"
-            )
+            # two of each product, whatever the strides of R; not by way of a pipeline where there is one piece only
+            copied = r"cp\.async\.cg\.\S+ \[.+\], \[.+\], 0x10|ld\.global\.v4\.b32"
+            wide = r"(?:buffer|global)_load_dwordx4" if target == "gfx942" else copied
             assert len(re.findall(wide, numbers.text)) >= 8, name
 
 

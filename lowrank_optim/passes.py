@@ -1,0 +1,102 @@
+"""Kernels that pass once over gradients and what is kept of their moments; plain torch does the same step by step."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_optim._backend import called, takes_triton
+from lowrank_optim._half import HALF
+from lowrank_optim._types import State
+
+
+def in_one_pass(x: Tensor) -> bool:
+    """Return whether kernels pass over gradients like `x` and what is kept of their moments."""
+    return takes_triton(x, faster=x.dtype != torch.float64)
+
+
+def stored_adam_directions_(
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    steps: list[int],
+    seeds: list[int],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Advance the moments as each state keeps them, and return each scale · m̂ / (√v̂ + ε) in `dtype`, or float32.
+
+    All in one kernel, where `in_one_pass`.
+    """
+    from lowrank_optim.kernels import adam as kernel
+
+    kept = _kept_as(states[0]["exp_avg"], grads[0].numel())
+    numbers: dict[str, Any] = {"betas": betas, "eps": eps, "steps": steps, "seeds": seeds, "scale": scale}
+    made = called(kernel.stored_adam_directions_, grads[0])
+    return made(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
+
+
+def dct_energies(x: Tensor, dim: int, ranking: Literal["l2", "l1"]) -> tuple[Tensor, Tensor] | None:
+    """Return the DCT-II of a matrix in its 16 bits and what it has along each DCT column; None where no kernel does."""
+    if not _has_dct(x, dim):
+        return None
+    from lowrank_optim.kernels import dct as kernel
+
+    return called(kernel.dct_energies, x)(x, dim, out_dtype=x.dtype, ranking=ranking)
+
+
+def dct_adam_directions_(
+    grads: list[Tensor], states: list[State], *, dim: int, ranking: Literal["l2", "l1"], **numbers: Any
+) -> list[Tensor] | None:
+    """Select DCT columns anew, move the moments there and return Adam's directions; None where no kernels do.
+
+    `numbers` are `betas`, `eps`, `steps`, `scale` and `dtype` of `stored_adam_directions_`; moments are in float32.
+    """
+    if not _has_dct(grads[0], dim):
+        return None
+    from lowrank_optim.kernels import chosen_adam, dct, select
+
+    values, energies = dct.all_dct_energies(grads, dim, out_dtype=grads[0].dtype, ranking=ranking)
+    places = select.select_columns_(energies, [state["basis_index"] for state in states])
+    numbers["dtype"] = numbers["dtype"] or torch.float32
+    return chosen_adam.chosen_adam_directions_(values.unbind(), states, places, dim=dim, **numbers)
+
+
+def _has_dct(x: Tensor, dim: int) -> bool:
+    if x.dtype not in HALF or not takes_triton(x, faster=True):
+        return False
+    from lowrank_optim.kernels import dct as kernel
+
+    return called(kernel.supports, x)(x.size(dim), x.dtype, x.device)
+
+
+def normalized_momenta_(
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    momentum: float,
+    nesterov: bool,
+    form: Literal["ema", "sum"],
+    eps: float,
+    seeds: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Advance the momenta as each state keeps them, and return the updates over their norms, stacked, in `dtype`.
+
+    All in two kernels, where `in_one_pass`.
+    """
+    from lowrank_optim.kernels import momentum as kernel
+
+    kept = _kept_as(states[0]["momentum_buffer"], grads[0].numel())
+    numbers: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "form": form, "eps": eps}
+    made = called(kernel.normalized_momenta_, grads[0])
+    return made(grads, states, state_dtype=kept, **numbers, seeds=seeds, dtype=dtype)
+
+
+def _kept_as(moment: Tensor, numel: int) -> str:
+    """Return the name of the storage that a first moment is in."""
+    if moment.dtype == torch.int8:
+        return "int8" if moment.numel() == numel else "int4"
+    return str(moment.dtype).removeprefix("torch.")

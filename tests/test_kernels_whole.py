@@ -1,0 +1,110 @@
+"""Whole optimizers on the kernels, interpreted, against the same ones on plain torch."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim import GaLoreAdamW, LowRankMuon, Muon, backend, ops, orthogonalize
+from lowrank_optim.coefficients import table
+from lowrank_optim.orthogonal import Plan, plan
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from lowrank_optim.kernels import adam, momentum, recursion
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
+)
+
+SHAPES = [(12, 20), (20, 12), (12, 20), (8, 3, 2, 2), (7,)]
+
+
+def moved(kind: Any, name: Any, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Return how far each parameter has gone in a few steps."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    before = [p.detach().float().clone() for p in params]
+    opt = kind(params, lr=0.1, weight_decay=0.1, **options)
+    with backend(name):
+        for step in range(3):
+            for p in params:
+                p.grad = (torch.randn(p.shape) + 0.2 * step).to(dtype)
+            opt.step()
+    return [p.detach().float() - start for p, start in zip(params, before, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "dtype"),
+    [("float32", torch.float32), ("float32", torch.bfloat16), ("bfloat16", torch.float32), ("int8", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(Muon, {"ns_dtype": "float32"}, id="muon"),
+        pytest.param(Muon, {"ns_dtype": "float32", "momentum_form": "sum", "nesterov": False}, id="muon-sum"),
+        pytest.param(Muon, {"ns_dtype": "float32", "stochastic_rounding": True}, id="muon-by-chance"),
+        pytest.param(Muon, {"ns_dtype": "float32", "cautious": True}, id="muon-cautious"),
+        pytest.param(LowRankMuon, {"rank": 4, "ns_dtype": "float32"}, id="lowrank-muon"),
+        pytest.param(LowRankMuon, {"rank": 4, "method": "newton_schulz"}, id="lowrank-muon-in-16-bits"),
+        pytest.param(Muon, {"method": "gram"}, id="muon-in-16-bits"),
+        pytest.param(GaLoreAdamW, {"rank": 4, "basis": "random"}, id="galore"),
+        pytest.param(GaLoreAdamW, {"rank": 4, "basis": "random", "scale": 2.0, "maximize": True}, id="galore-scaled"),
+    ],
+)
+def test_steps_equal_those_on_torch(kind: Any, options: dict[str, Any], state_dtype: str, dtype: torch.dtype) -> None:
+    options = options | {"state_dtype": state_dtype}
+    expected, found = (moved(kind, name, dtype, **options) for name in ("torch", "triton"))
+    for ours, theirs in zip(found, expected, strict=True):
+        # a code or a bfloat16 that falls on the other side of a boundary is another by a whole step of its grid
+        limit = 1e-4 if dtype == torch.float32 and state_dtype == "float32" and "ns_dtype" in options else 2e-2
+        assert float((ours - theirs).norm() / theirs.norm()) < limit
+
+
+def test_the_kernels_do_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module, name in (
+        (momentum, "normalized_momenta_"),
+        (adam, "stored_adam_directions_"),
+        (recursion, "gram_recursion"),
+    ):
+        watch(module, name)
+    moved(Muon, "torch", torch.float32)
+    assert seen == []
+    moved(Muon, "triton", torch.float32, ns_coefficients="you", split=None)
+    assert set(seen) == {"normalized_momenta_", "stored_adam_directions_", "gram_recursion"}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 40, 33), (64, 100), (3, 100, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_matrices_are_orthogonalized_in_one_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    triples = table("you")
+    assert plan("auto", shape[-2:], dtype, "cpu", triples, kernels=True) == Plan("recursion", torch.float32)
+    with backend("triton"):
+        found = orthogonalize(x)
+    exact = orthogonalize(x.double(), method="newton_schulz")
+    assert found.dtype == dtype
+    assert float((found - exact).norm() / exact.norm()) < (1e-4 if dtype == torch.float32 else 3e-3)
+
+
+def test_what_the_recursion_has_no_room_for_is_done_step_by_step() -> None:
+    steep = table("deepseek")
+    assert plan("auto", (32, 64), torch.float32, "cpu", steep, kernels=True).method != "recursion"
+    assert plan("auto", (65, 65), torch.float32, "cpu", table("you"), kernels=True).method != "recursion"
+    assert plan("newton_schulz", (8, 8), torch.float32, "cpu", table("you"), kernels=True).method == "newton_schulz"
+    x = torch.randn(3, 16, 20).double()
+    assert not torch.equal(ops.normalized(x, eps=0.0, dtype=torch.float64), x)
