@@ -59,7 +59,8 @@ def architecture(device: torch.device) -> str:
         return "sm_90a"
     if torch.version.hip is not None:
         return "gfx942"
-    return "sm_90a" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    # of what comes after Hopper, some have its shared memory and some have not
+    return "sm_90a" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
 def tiles_for(n: int, itemsize: int, device: torch.device, *, aligned: bool) -> Tiles:

@@ -28,9 +28,8 @@ def backend(name: Backend) -> Iterator[None]:
     """Choose who computes within the block.
 
     Args:
-        name: "auto" takes what is known to be fastest, "torch" and "triton" take that one or raise. Nothing has shown
-            a kernel to be faster than torch's own fused ones yet, so today "auto" is "torch". What `torch.compile` has
-            compiled stays with who it was then; the block is entered outside of it.
+        name: "auto" takes a kernel where one was measured to be faster, which is on a CUDA device of capability 8.0 or
+            more, and torch elsewhere; "torch" and "triton" take that one, or raise where it cannot run.
 
     Raises:
         ValueError: for another name.
@@ -52,7 +51,8 @@ def takes_triton(x: Tensor, *, faster: bool = False) -> bool:
     # a fake tensor stands for a plain one
     plain, chosen = type(x) is Tensor or isinstance(x, FakeTensor), _chosen()
     if chosen != "triton":
-        return faster and chosen == "auto" and plain and x.is_cuda and _once_had_triton()
+        ready = faster and chosen == "auto" and plain and x.is_cuda and _once_had_triton()
+        return ready and _device(x.device)[1] >= 80
     if plain and (x.is_cuda or _interprets()):
         return True
     raise RuntimeError(
@@ -115,15 +115,21 @@ def fills(x: Tensor, *, more: bool = False) -> bool:
     n, (processors, capability) = x.size(1), _device(x.device)
     sides = -(-n // 128)
     enough = n >= 512 and len(x) * sides * (sides + 1) // 2 >= 2 * processors
-    return capability == (9, 0) and (enough or (more and n % 16 == 0))
+    return capability == 90 and (enough or (more and n % 16 == 0))
 
 
 @functools.cache
 @_constant
-def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Return how many multiprocessors a CUDA device has, and its compute capability."""
+def _device(device: torch.device) -> tuple[int, int]:
+    """Return how many multiprocessors a CUDA device has, and ten times its compute capability.
+
+    A number, as torch's compiler does not compare tuples.
+    """
+    if not torch.cuda.is_available():
+        # that of a tensor which is not there
+        return 0, 80
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -1,14 +1,34 @@
 """How a state is allocated, matched and filled when one is loaded, and whose turn is when."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim._types import NewState, State, compute_dtype
+from lowrank_optim._half import takes
+from lowrank_optim._types import NewState, Rule, State, compute_dtype
 
 FORMAT_VERSION = 1
+
+
+def alike(p: Tensor) -> Hashable:
+    """Return what parameters that are stepped together have in common."""
+    grad = p.grad
+    return (p.shape, p.dtype, p.device, type(p.detach()), None if grad is None else (grad.dtype, type(grad)))
+
+
+def as_is(rule: Rule, p: Tensor) -> bool:
+    """Return whether a rule is handed the gradients of parameters like this in their own precision."""
+    return p.grad is not None and p.grad.dtype == p.dtype and takes(rule, p.grad)
+
+
+def together(rule: Rule, p: Tensor, chunk_bytes: int) -> int:
+    """Return how many parameters like this are stepped at once."""
+    count = getattr(rule, "need_as_is", rule.need) if as_is(rule, p) else rule.need
+    need = max(1, count(p.shape) * compute_dtype(p).itemsize)
+    # a GPU waits for the host unless that hands it more at once
+    return max(1, chunk_bytes * (4 if p.is_cuda else 1) // need)
 
 
 def pairs(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """The nouns that everything else is written in."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -59,10 +60,7 @@ class NewState(Protocol):
     """Allocates one zeroed state tensor where the parameter lives, placed as the parameter is placed."""
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype | None = None, *, host: bool = False) -> Tensor:
-        """Return zeros; `dtype` None means the dtype in which the mathematics runs.
-
-        With `host` they are on the CPU wherever the parameter is, for numbers that the host reads at each step.
-        """
+        """Return zeros, by default in the dtype of the mathematics; with `host` on the CPU, for the host to read."""
         ...
 
 
@@ -71,6 +69,11 @@ class Storage(Protocol):
 
     # whether `read` returns the stored tensor itself, so that the mathematics works in place
     in_place: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """Return what `state_dtype` calls it."""
+        ...
 
     def init(self, name: str, shape: Sequence[int], new: NewState, *, signed: bool = True) -> State:
         """Allocate the moment `name`; a quantized one brings a second tensor, its scales."""
@@ -294,7 +297,4 @@ def compute_dtype(like: Tensor) -> torch.dtype:
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape of a parameter seen as one matrix: `flatten(1)`, as for a convolution."""
     m, *rest = shape
-    n = 1
-    for size in rest:
-        n *= size
-    return m, n
+    return m, math.prod(rest)

@@ -59,7 +59,8 @@ class Adam:
                 if move is not None:
                     self._move_(state, tick, move, state["exp_avg"], state["exp_avg_sq"])
             seeds = [0 if self.storage.in_place else tick.seed for tick in ticks]
-            return [*passes.stored_adam_directions_(grads, states, seeds=seeds, **self.numbers(ticks))]
+            kept = self.storage.name
+            return [*passes.stored_adam_directions_(grads, states, kept=kept, seeds=seeds, **self.numbers(ticks))]
         numel, room = grads[0].numel(), ops.part_size(grads[0].device)
         # so many at a time that the moments, which are there as numbers only now, take little memory
         size = len(grads) if self.storage.in_place else max(1, room // max(1, numel))
@@ -99,7 +100,7 @@ class Adam:
     def _in_one_pass(self, like: Tensor, moves: Sequence[Move | None]) -> bool:
         """Return whether a kernel does for gradients like this: it reads, advances and keeps what nothing moves."""
         moved = not self.storage.in_place and any(move is not None for move in moves)
-        return self.aged is None and self.scale > 0 and not moved and passes.in_one_pass(like)
+        return self.aged is None and self.scale > 0 and not moved and like.numel() > 0 and passes.in_one_pass(like)
 
     def _advance(
         self, grads: list[Tensor], states: list[State], ticks: list[Tick], moves: Sequence[Move | None], start: int = 0

@@ -80,7 +80,7 @@ class Momentum:
             numbers: dict[str, Any] = {"momentum": self.momentum, "nesterov": self.nesterov, "form": self.form}
             seeds = [tick.seed for tick in ticks]
             normalized = passes.normalized_momenta_(
-                grads, states, **numbers, eps=self.steer.eps, seeds=seeds, dtype=how.dtype
+                grads, states, kept=self.storage.name, **numbers, eps=self.steer.eps, seeds=seeds, dtype=how.dtype
             )
             return list(self.steer.of_normalized(normalized, how))
         whole = torch.empty(len(grads), *grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
@@ -119,7 +119,8 @@ class Momentum:
 
     def _plan(self, like: Tensor) -> Any:
         """Return how a normalized momentum is steered where kernels make one; None elsewhere."""
-        if self.steer is None or self.beta2 is not None or self.less or not passes.in_one_pass(like):
+        whole = self.beta2 is None and not self.less and like.numel() > 0
+        if self.steer is None or not whole or not passes.in_one_pass(like):
             return None
         return self.steer.planned(like.shape, like.device.type)
 

@@ -155,6 +155,9 @@ def apply_(
     that the update takes the same way, or leaves alone.
     """
     cautious = cautious and weight_decay != 0
+    if isinstance(lr, Tensor) and lr.device != param.device and param.is_cuda:
+        # one on the CPU is read without waiting
+        lr = float(lr) if lr.device.type == "cpu" else lr.to(param.device, non_blocking=True)
     numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
     # of a parameter the tensor; a sharded one stays one
     param = param.detach()
@@ -170,12 +173,15 @@ def apply_(
         # bits are looked at, so each rank rounds its own part
         param, update = _local(param, param), _local(update, param)
     update = update.view_as(param)
-    if takes_triton(param, faster=multiplies(param) or update.dtype in HALF):
+    # kernels see a matrix, which a convolution in channels_last is not
+    plain = param.dim() <= 2 or param.is_contiguous()
+    if plain and takes_triton(param, faster=multiplies(param) or update.dtype in HALF):
         from lowrank_optim.kernels import apply as kernel
 
         called(kernel.apply_, param)(param, update, **numbers, cautious=cautious)
     else:
-        reference_apply.apply_(param, update, **numbers, cautious=cautious)
+        wide = torch.promote_types(update.dtype, torch.float32)
+        reference_apply.apply_(param, update.to(wide), **numbers, cautious=cautious)
 
 
 def _apply_sum_(

@@ -1,15 +1,14 @@
 """The one step loop, the one reload, and the eager, tensor-only state."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar, cast, overload
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_optim import distributed, ops, probes
+from lowrank_optim import _state, distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
-from lowrank_optim._half import takes
 from lowrank_optim._state import FORMAT_VERSION, check_groups, code_dtype, filled, pairs, shapes, spread, with_roles
 from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
@@ -18,8 +17,6 @@ Group = dict[str, Any]
 StateDict = dict[str, Any]
 Loss = TypeVar("Loss")
 
-# a GPU waits for the host unless that hands it more at once
-_GPU = 4
 # added to a seed, so that a weight is not rounded as its moments are
 _WEIGHT = 0x5851F42D
 
@@ -172,8 +169,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             # a tensor stays on its device; of no dimensions it mixes with every dtype and device
             lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
-        as_is = takes(rule, cast("Tensor", params[0].grad))
-        grads = [self._gradient(p, group, as_is=as_is) for p in params]
+        whole = _state.as_is(rule, params[0])
+        grads = [self._gradient(p, group, as_is=whole) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         probes.chunk(params)
@@ -188,17 +185,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""
-        buckets: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        buckets: dict[Hashable, list[Tensor]] = {}
         for p in self._present(group):
-            buckets.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            buckets.setdefault(_state.alike(p), []).append(p)
         for params in buckets.values():
             rule = self._rule(group, params[0])
             self._check_kept(rule, params)
-            as_is = takes(rule, cast("Tensor", params[0].grad))
-            count = getattr(rule, "need_as_is", rule.need) if as_is else rule.need
-            need = count(params[0].shape) * compute_dtype(params[0]).itemsize
-            room = self.chunk_bytes * (_GPU if params[0].is_cuda else 1)
-            size = max(1, room // max(1, need))
+            size = _state.together(rule, params[0], self.chunk_bytes)
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
 
@@ -228,7 +221,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _gradient(self, p: Tensor, group: Group, *, as_is: bool = False) -> Tensor:
         """Return what descends, in the dtype of the mathematics or as it is."""
         assert p.grad is not None
-        grad = p.grad if as_is else p.grad.to(compute_dtype(p))
+        # a kernel reads memory, where a negation that was put off has not happened
+        grad = p.grad.resolve_neg() if as_is else p.grad.to(compute_dtype(p))
         return -grad if group["maximize"] else grad
 
     def _taken(self, p: Tensor) -> int:

@@ -55,7 +55,8 @@ def orthogonalize(
 
     Args:
         x: (..., m, n), real, of 16 bits or more. Leading dimensions count matrices. It is not written to, and the
-            result shares no memory with it. Products run in its dtype, normalization in float32 or float64.
+            result shares no memory with it. Products run in its dtype, but for `method` "auto" on a GPU, where those of
+            16 bits are float16, and those of short sides up to 64 float32; normalization is in float32 or float64.
         method: what computes p.
             "newton_schulz" multiplies m×n matrices as the formula does: for the short side n and the long side a·n
             2·steps·(2a + 1)·n³ operations.

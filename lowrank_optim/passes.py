@@ -9,6 +9,9 @@ from lowrank_optim._backend import called, takes_triton
 from lowrank_optim._half import HALF
 from lowrank_optim._types import State
 
+# rows of a launch
+_MOST = 65535
+
 
 def in_one_pass(x: Tensor) -> bool:
     """Return whether kernels pass over gradients like `x` and what is kept of their moments."""
@@ -19,6 +22,7 @@ def stored_adam_directions_(
     grads: list[Tensor],
     states: list[State],
     *,
+    kept: str,
     betas: tuple[float, float],
     eps: float,
     steps: list[int],
@@ -32,19 +36,26 @@ def stored_adam_directions_(
     """
     from lowrank_optim.kernels import adam as kernel
 
-    kept = _kept_as(states[0]["exp_avg"], grads[0].numel())
+    if len(grads) > _MOST:
+        parts = [slice(start, start + _MOST) for start in range(0, len(grads), _MOST)]
+        how: dict[str, Any] = {"kept": kept, "betas": betas, "eps": eps, "scale": scale, "dtype": dtype}
+        found: list[Tensor] = []
+        for some in parts:
+            how |= {"steps": steps[some], "seeds": seeds[some]}
+            found += stored_adam_directions_(grads[some], states[some], **how)
+        return found
     numbers: dict[str, Any] = {"betas": betas, "eps": eps, "steps": steps, "seeds": seeds, "scale": scale}
-    made = called(kernel.stored_adam_directions_, grads[0])
-    return made(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
+    function = called(kernel.stored_adam_directions_, grads[0])
+    return function(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
 
 
 def dct_energies(x: Tensor, dim: int, ranking: Literal["l2", "l1"]) -> tuple[Tensor, Tensor] | None:
-    """Return the DCT-II of a matrix in its 16 bits and what it has along each DCT column; None where no kernel does."""
+    """Return the DCT-II of a matrix of 16 bits and what it has along each DCT column; None where no kernel does."""
     if not _has_dct(x, dim):
         return None
     from lowrank_optim.kernels import dct as kernel
 
-    return called(kernel.dct_energies, x)(x, dim, out_dtype=x.dtype, ranking=ranking)
+    return called(kernel.dct_energies, x)(x, dim, out_dtype=_coefficients(x), ranking=ranking)
 
 
 def dct_adam_directions_(
@@ -54,14 +65,19 @@ def dct_adam_directions_(
 
     `numbers` are `betas`, `eps`, `steps`, `scale` and `dtype` of `stored_adam_directions_`; moments are in float32.
     """
-    if not _has_dct(grads[0], dim):
+    if not _has_dct(grads[0], dim) or len(grads) > _MOST:
         return None
     from lowrank_optim.kernels import chosen_adam, dct, select
 
-    values, energies = dct.all_dct_energies(grads, dim, out_dtype=grads[0].dtype, ranking=ranking)
+    values, energies = dct.all_dct_energies(grads, dim, out_dtype=_coefficients(grads[0]), ranking=ranking)
     places = select.select_columns_(energies, [state["basis_index"] for state in states])
     numbers["dtype"] = numbers["dtype"] or torch.float32
     return chosen_adam.chosen_adam_directions_(values.unbind(), states, places, dim=dim, **numbers)
+
+
+def _coefficients(x: Tensor) -> torch.dtype:
+    """Return a dtype that coefficients fit, which may be the root of their number times as large as the elements."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
 def _has_dct(x: Tensor, dim: int) -> bool:
@@ -76,6 +92,7 @@ def normalized_momenta_(
     grads: list[Tensor],
     states: list[State],
     *,
+    kept: str,
     momentum: float,
     nesterov: bool,
     form: Literal["ema", "sum"],
@@ -89,14 +106,6 @@ def normalized_momenta_(
     """
     from lowrank_optim.kernels import momentum as kernel
 
-    kept = _kept_as(states[0]["momentum_buffer"], grads[0].numel())
     numbers: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "form": form, "eps": eps}
     made = called(kernel.normalized_momenta_, grads[0])
     return made(grads, states, state_dtype=kept, **numbers, seeds=seeds, dtype=dtype)
-
-
-def _kept_as(moment: Tensor, numel: int) -> str:
-    """Return the name of the storage that a first moment is in."""
-    if moment.dtype == torch.int8:
-        return "int8" if moment.numel() == numel else "int4"
-    return str(moment.dtype).removeprefix("torch.")

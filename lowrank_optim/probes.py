@@ -97,7 +97,8 @@ def updated(i: int, update: Update) -> None:
         return
     if isinstance(update, Factored):
         # ‖L R‖² = ⟨Lᵀ L, R Rᵀ⟩
-        left, right = update.left.mT @ update.left, update.right @ update.right.mT
+        left, right = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in update)
+        left, right = left.mT @ left, right @ right.mT
         numel = update.left.size(-2) * update.right.size(-1)
         square = (left * right.mT).sum().clamp(min=0) / max(1, numel)
     else:

@@ -17,6 +17,7 @@ class Full:
     """As the mathematics has it: float32, or float64 for float64 parameters. The moment is worked on in place."""
 
     in_place: ClassVar[bool] = True
+    name: ClassVar[str] = "float32"
 
     def init(self, name: str, shape: Sequence[int], new: NewState, *, signed: bool = True) -> State:
         """Allocate `name` in the dtype of the mathematics."""
@@ -46,6 +47,7 @@ class BFloat16:
     """
 
     in_place: ClassVar[bool] = False
+    name: ClassVar[str] = "bfloat16"
 
     def init(self, name: str, shape: Sequence[int], new: NewState, *, signed: bool = True) -> State:
         """Allocate `name`."""
@@ -92,6 +94,11 @@ class Blockwise:
 
     bits: int
     block: int
+
+    @property
+    def name(self) -> str:
+        """Return what `state_dtype` calls it."""
+        return f"int{self.bits}"
 
     def init(self, name: str, shape: Sequence[int], new: NewState, *, signed: bool = True) -> State:
         """Allocate the codes `name` and the scales `name`_scale."""
@@ -167,12 +174,8 @@ class Blockwise:
         return {"levels": (1 << self.bits) - 1, "root": 4 if self.bits == 8 else 2}
 
 
-_STORAGES: dict[str, Storage] = {
-    "float32": Full(),
-    "bfloat16": BFloat16(),
-    "int8": Blockwise(bits=8, block=256),
-    "int4": Blockwise(bits=4, block=64),
-}
+_KINDS: tuple[Storage, ...] = (Full(), BFloat16(), Blockwise(bits=8, block=256), Blockwise(bits=4, block=64))
+_STORAGES = {kind.name: kind for kind in _KINDS}
 STATE_DTYPES = tuple(_STORAGES)
 
 

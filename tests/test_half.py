@@ -121,8 +121,7 @@ def test_a_cpu_is_not_said_to_multiply_them() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted in this process")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("gap", [1, 2])
+@pytest.mark.parametrize(("gap", "dtype"), [(1, torch.bfloat16), (2, torch.float16)], ids=str)
 def test_columns_are_selected_and_moments_go_along_in_one_kernel(
     gap: int, dtype: torch.dtype, halves: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,12 +132,12 @@ def test_columns_are_selected_and_moments_go_along_in_one_kernel(
 
     def indices(name: Any, kind: torch.dtype) -> tuple[list[Tensor], list[list[int]]]:
         source = torch.Generator().manual_seed(1)
-        shapes = [(48, 96), (96, 48), (48, 96)]
+        shapes = [(16, 24), (24, 16), (16, 24)]
         params = [nn.Parameter((torch.randn(shape, generator=source) * 0.05).to(dtype).to(kind)) for shape in shapes]
         before = [p.detach().float().clone() for p in params]
-        opt = DCTAdamW(params, lr=0.1, rank=8, weight_decay=0.1, update_proj_gap=gap)
+        opt = DCTAdamW(params, lr=0.1, rank=5, weight_decay=0.1, update_proj_gap=gap)
         with backend(name):
-            for _ in range(4):
+            for _ in range(3):
                 for p in params:
                     # each with an energy of its own, so that rounding does not decide which are selected
                     side = p.dim() - 1 if p.size(0) > p.size(1) else 0

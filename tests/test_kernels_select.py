@@ -1,8 +1,6 @@
 """Columns of most energy, and Adam along them: interpreted, against plain twins, and compiled for absent GPUs."""
 
-import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,101 +18,35 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lowrank_optim.kernels import chosen_adam, select
 from lowrank_optim.kernels._launch import CHOSEN_OTHERS, CHOSEN_TILES, SELECTABLE, ChosenTile, chosen_tile, select_warps
 from tests.ahead import Job, assert_fits, compiled
+from tests.kernels import select as checks
+from tests.kernels.common import DTYPES, interpreted, poisoned
+from tests.kernels.moments import NUMBERS, State, on
+from tests.kernels.select import DIMS, ENERGIES, LAYOUTS, MOMENTS, columns, matrices, moved
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
-)
-
-State = dict[str, Tensor]
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DIMS = [-1, -2]
-MOMENTS = ("exp_avg", "exp_avg_sq")
-NUMBERS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 # (matrices, n, r): one column, all columns, a block exactly, more than a chunk, the largest of all
-SIZES = [(1, 1, 1), (2, 7, 7), (3, 33, 5), (1, 128, 64), (2, 300, 1), (1, 1000, 999), (1, SELECTABLE, 3000)]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "padded": lambda x: torch.nn.functional.pad(x, (3, 2))[:, 3:-2],
-    "padded transposed": lambda x: torch.nn.functional.pad(x.mT, (3, 2))[:, 3:-2].mT,
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-}
-ENERGIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "different": lambda x: x,
-    "equal": lambda x: torch.full_like(x, 2.0),
-    "ties": lambda x: x.mul(2).round(),
-    "zeros": lambda x: torch.where(x > 0.5, 1.0, torch.where(x > 0, 0.0, -0.0)),
-    "extremes": lambda x: torch.where(x > 1, torch.inf, torch.where(x < -1, -torch.inf, x * 1e-42)),
-    "nan": lambda x: torch.where(x.abs() < 0.4, torch.nan, x).copysign(torch.randn_like(x)),
-}
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN or the largest number, as torch does for whoever asks for determinism."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def columns(n: int, r: int) -> Tensor:
-    """Return r sorted columns of n."""
-    return torch.randperm(n)[:r].sort().values.int()
-
-
-def copies(states: list[State]) -> list[State]:
-    return [{name: x.clone() for name, x in state.items()} for state in states]
-
-
-def assert_selects(energies: Tensor, indices: list[Tensor], stacked: bool = True) -> None:
-    ours, twins = [x.clone() for x in indices], [x.clone() for x in indices]
-    before = energies.clone()
-    places = select.select_columns_(energies if stacked else [x.clone() for x in energies], ours)
-    expected = reference_columns.select_columns_(energies, twins)
-    assert torch.equal(energies.view(torch.int32), before.view(torch.int32))
-    assert all(torch.equal(x, y) for x, y in zip(ours, twins, strict=True))
-    assert places.dtype == torch.int32
-    assert torch.equal(places, expected)
+SIZES = [(1, 1, 1), (1, 7, 7), (2, 33, 5), (1, 128, 64), (1, 300, 1), (1, 1000, 999), (1, SELECTABLE, 3000)]
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", ENERGIES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@poisoned("cpu")
 def test_it_selects_what_its_twin_does(size: tuple[int, int, int], kind: str) -> None:
-    count, n, r = size
-    energies = ENERGIES[kind](torch.randn(count, n))
-    assert_selects(energies, [columns(n, r) for _ in range(count)])
+    checks.assert_selects(*size, kind, device="cpu")
 
 
 @interpreted
-@settings(max_examples=40, deadline=None)
-@given(
-    n=st.integers(1, 400),
-    share=st.floats(0, 1),
-    count=st.integers(1, 3),
-    kind=st.sampled_from(sorted(ENERGIES)),
-    stacked=st.booleans(),
-)
-def test_it_selects_what_its_twin_does_anywhere(n: int, share: float, count: int, kind: str, stacked: bool) -> None:
-    r = round(share * n)
-    assert_selects(ENERGIES[kind](torch.randn(count, n)), [columns(n, r) for _ in range(count)], stacked)
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 400), count=st.integers(1, 2), stacked=st.booleans(), **checks.SELECTION)
+def test_it_selects_what_its_twin_does_anywhere(**case: Any) -> None:
+    checks.selects_anywhere(**case, device="cpu")
 
 
 @interpreted
 @pytest.mark.parametrize("warps", [1, 2, 8])
 def test_chunks_can_be_of_any_length(warps: int) -> None:
-    for kind in ENERGIES.values():
-        energy, index = kind(torch.randn(1000)), columns(1000, 400)
-        twin = index.clone()
-        places = select.select_columns_([energy], [index], warps=warps)
-        assert torch.equal(places, reference_columns.select_columns_([energy], [twin]))
-        assert torch.equal(index, twin)
+    for kind in ENERGIES:
+        checks.assert_selects(1, 600, 270, kind, warps=warps, device="cpu")
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
@@ -144,14 +76,7 @@ def test_what_was_there_before_need_not_be_columns(old: list[int]) -> None:
 @interpreted
 @pytest.mark.parametrize("count", [1, 2])
 def test_selection_writes_its_own_elements_only_and_needs_no_alignment(count: int) -> None:
-    memory = torch.full((count, 23), 77, dtype=torch.int32)
-    energies = torch.randn(count, 73)[:, 1:-1]
-    indices = [row[1:-1].copy_(columns(71, 21)) for row in memory]
-    twins = [x.clone() for x in indices]
-    places = select.select_columns_(energies, indices)
-    assert torch.equal(places, reference_columns.select_columns_(energies, twins))
-    assert all(torch.equal(x, y) for x, y in zip(indices, twins, strict=True))
-    assert (memory[:, [0, -1]] == 77).all()
+    checks.selection_writes_its_own_elements_only(71, 21, count, "cpu")
 
 
 ENERGY, INDEX = torch.ones(10), torch.zeros(4, dtype=torch.int32)
@@ -177,91 +102,34 @@ def test_selection_refuses_what_it_would_misread(energies: Any, indices: list[Te
         select.select_columns_(energies, indices)
 
 
-def moved(n: int, r: int, m: int, dim: int, count: int) -> tuple[list[State], Tensor]:
-    """Return states whose columns were just selected among n, and where their moments are."""
-    indices = [columns(n, r) for _ in range(count)]
-    # about half of them stay
-    energies = torch.rand(count, n)
-    for energy, index in zip(energies, indices, strict=True):
-        energy[index.long()] += 0.5 * (torch.rand(r) < 0.8)
-    places = reference_columns.select_columns_(energies, indices)
-    shape = (m, r) if dim == -1 else (r, m)
-    states = [
-        {"basis_index": index, "exp_avg": torch.randn(shape), "exp_avg_sq": torch.rand(shape)} for index in indices
-    ]
-    return states, places
-
-
-def matrices(n: int, m: int, dim: int, count: int, dtype: torch.dtype, layout: str = "contiguous") -> list[Tensor]:
-    """Return coefficients along n columns."""
-    shape = (m, n) if dim == -1 else (n, m)
-    return [LAYOUTS[layout](torch.randn(shape).to(dtype)) for _ in range(count)]
-
-
-def assert_twins(
-    n: int,
-    r: int,
-    m: int,
-    dim: int,
-    *,
-    count: int = 1,
-    values: torch.dtype = torch.float32,
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    tile: ChosenTile | None = None,
-) -> None:
-    ours, places = moved(n, r, m, dim, count)
-    twins = copies(ours)
-    coefficients = matrices(n, m, dim, count, values, layout)
-    before = [x.clone() for x in (*coefficients, places)]
-    how: dict[str, Any] = {"dim": dim, "steps": [3 + 5 * i for i in range(count)], "scale": 0.25, **NUMBERS}
-    found = chosen_adam.chosen_adam_directions_(coefficients, ours, places, **how, dtype=dtype, tile=tile)
-    expected = reference_columns.chosen_adam_directions_(coefficients, twins, places, **how)
-    assert all(torch.equal(x, y) for x, y in zip((*coefficients, places), before, strict=True))
-    half = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    for direction, whole, our, twin in zip(found, expected, ours, twins, strict=True):
-        assert direction.dtype == dtype
-        assert direction.shape == twin["exp_avg"].shape
-        assert direction.is_contiguous()
-        torch.testing.assert_close(direction.float(), whole, rtol=1e-5 + half, atol=1e-5)
-        torch.testing.assert_close(our, twin, rtol=1e-6, atol=1e-6)
-        assert torch.equal(our["basis_index"], twin["basis_index"])
-
-
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("values", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 5, 3), (40, 9, 17), (70, 33, 65), (300, 257, 5)], ids=str)
 @pytest.mark.parametrize("dim", DIMS)
+@poisoned("cpu")
 def test_adam_equals_its_twin(dim: int, size: tuple[int, int, int], values: torch.dtype) -> None:
-    assert_twins(*size, dim, values=values)
+    checks.assert_twins(*size, dim, values=values, device="cpu")
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", DIMS)
+@poisoned("cpu")
 def test_many_of_any_layout_equal_their_twins(dim: int, layout: str, dtype: torch.dtype) -> None:
-    assert_twins(40, 12, 19, dim, count=3, values=torch.bfloat16, dtype=dtype, layout=layout)
+    checks.assert_twins(40, 12, 19, dim, count=3, values=torch.bfloat16, dtype=dtype, layout=layout, device="cpu")
 
 
 @interpreted
 @settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(1, 60),
-    share=st.floats(0, 1),
     m=st.integers(0, 20),
-    dim=st.sampled_from(DIMS),
-    count=st.integers(1, 2),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    along=st.sampled_from([0, 4, 16, 32]),
+    tile=st.none() | st.sampled_from([4, 16, 32]).map(lambda along: ChosenTile(along, 16, 1)),
+    **checks.HOW,
 )
-def test_adam_equals_its_twin_anywhere(
-    n: int, share: float, m: int, dim: int, count: int, layout: str, along: int
-) -> None:
-    tile = ChosenTile(along, 16, 1) if along else None
-    assert_twins(n, round(share * n), m, dim, count=count, layout=layout, tile=tile)
+def test_adam_equals_its_twin_anywhere(**case: Any) -> None:
+    checks.anywhere(**case, device="cpu")
 
 
 @interpreted
@@ -272,7 +140,7 @@ def test_what_moves_in_parts_moves_as_what_moves_at_once(dim: int, along: int) -
     r, n = 5, 8
     sets = torch.combinations(torch.arange(n), r).int()
     order = torch.randperm(len(sets)).tolist()
-    pairs = [(sets[0], sets[-1]), (sets[-1], sets[0]), *((sets[i], sets[j]) for i, j in enumerate(order[:25]))]
+    pairs = [(sets[0], sets[-1]), (sets[-1], sets[0]), *((sets[i], sets[j]) for i, j in enumerate(order[:8]))]
     states, places = [], []
     for old, new in pairs:
         index, energy = old.clone(), torch.zeros(n)
@@ -281,43 +149,22 @@ def test_what_moves_in_parts_moves_as_what_moves_at_once(dim: int, along: int) -
         assert torch.equal(index, new)
         shape = (1, r) if dim == -1 else (r, 1)
         states.append({"basis_index": index} | {name: torch.rand(shape) for name in MOMENTS})
-    together = copies(states)
-    coefficients = matrices(n, 1, dim, len(pairs), torch.float32)
-    how: dict[str, Any] = {"dim": dim, "steps": [2] * len(pairs), **NUMBERS}
-    found = chosen_adam.chosen_adam_directions_(
-        coefficients, states, torch.stack(places), **how, tile=ChosenTile(along, 1, 1)
-    )
-    once = chosen_adam.chosen_adam_directions_(coefficients, together, torch.stack(places), **how)
-    assert all(torch.equal(x, y) for x, y in zip(found, once, strict=True))
-    assert all(torch.equal(x[name], y[name]) for x, y in zip(states, together, strict=True) for name in MOMENTS)
+    coefficients = matrices(n, 1, dim, len(pairs))
+    tiles = [None, ChosenTile(along, 1, 1)]
+    checks.tiles_give_the_same_bits(coefficients, states, torch.stack(places), dim, tiles, "cpu")
 
 
 @interpreted
 @pytest.mark.parametrize("dim", DIMS)
 def test_steps_from_the_first_one_on(dim: int) -> None:
-    """A basis that is not there yet, and moves at each step."""
-    n, r, m, count = 50, 20, 6, 2
-    shape = (m, r) if dim == -1 else (r, m)
-    index = torch.zeros(r, dtype=torch.int32)
-    ours = [{"basis_index": index.clone()} | {name: torch.zeros(shape) for name in MOMENTS} for _ in range(count)]
-    twins = copies(ours)
-    for step in range(1, 6):
-        coefficients = matrices(n, m, dim, count, torch.bfloat16)
-        energies = torch.stack([x.float().square().sum(-2 if dim == -1 else -1) for x in coefficients])
-        how: dict[str, Any] = {"dim": dim, "steps": [step, step + 1], **NUMBERS}
-        found = []
-        for states, ours_or_twins in ((ours, (select, chosen_adam)), (twins, (reference_columns,) * 2)):
-            places = ours_or_twins[0].select_columns_(energies, [state["basis_index"] for state in states])
-            found.append(ours_or_twins[1].chosen_adam_directions_(coefficients, states, places, **how))
-        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours, twins, rtol=1e-6, atol=1e-6)
+    checks.steps_equal_those_of_twins(50, 20, 6, dim, 3, "cpu")
 
 
 @interpreted
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_matrix_gets_the_same_bits_alone_and_among_others(dim: int) -> None:
     together, places = moved(60, 20, 9, dim, 3)
-    alone = copies(together)
+    alone = on("cpu", together)
     coefficients = matrices(60, 9, dim, 3, torch.bfloat16)
     steps = [1, 7, 100]
     found = chosen_adam.chosen_adam_directions_(coefficients, together, places, dim=dim, steps=steps, **NUMBERS)
@@ -341,7 +188,7 @@ def test_what_leaves_takes_its_infinities_along(dim: int) -> None:
     assert gone.any()
     for name in MOMENTS:
         states[0][name].movedim(dim, 0)[gone] = float("inf") if name == "exp_avg" else float("nan")
-    twins, coefficients = copies(states), matrices(60, 9, dim, 1, torch.float32)
+    twins, coefficients = on("cpu", states), matrices(60, 9, dim, 1)
     how: dict[str, Any] = {"dim": dim, "steps": [2], **NUMBERS}
     found = chosen_adam.chosen_adam_directions_(coefficients, states, places, **how)
     torch.testing.assert_close(found, reference_columns.chosen_adam_directions_(coefficients, twins, places, **how))
@@ -358,13 +205,14 @@ def test_what_leaves_takes_its_infinities_along(dim: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_adam_writes_its_own_elements_only_and_needs_no_alignment(dim: int, count: int) -> None:
     parts, places = moved(60, 20, 9, dim, count)
-    twins, whole = copies(parts), []
+    twins, whole = on("cpu", parts), []
     for state in parts:
         for name, x in state.items():
             memory = torch.full((x.numel() + 2,), 77, dtype=x.dtype)
             state[name] = memory[1:-1].view(x.shape).copy_(x)
             whole.append(memory)
-    coefficients = matrices(60, 9, dim, count, torch.bfloat16, "padded" if dim == -1 else "padded transposed")
+    layout = LAYOUTS["padded" if dim == -1 else "padded transposed"]
+    coefficients = [layout(x) for x in matrices(60, 9, dim, count, torch.bfloat16)]
     how: dict[str, Any] = {"dim": dim, "steps": [3] * count, **NUMBERS}
     found = chosen_adam.chosen_adam_directions_(coefficients, parts, places, **how)
     expected = reference_columns.chosen_adam_directions_(coefficients, twins, places, **how)
@@ -463,15 +311,17 @@ def adam(dtype: str, r: int, dim: int, flipped: bool, lanes: int, whole: bool = 
     constants |= dict.fromkeys(("r", "others", "value_along", "value_others"), 1) if r == 1 else {}
     unaligned = () if whole else ("first_ptr", "second_ptr", "value_ptr", "r", "others", "value_along", "value_others")
     options = {"num_warps": tile.warps, "num_stages": 1}
-    targets = ("gfx942",) if lanes == 64 else ("sm_80", "sm_90a")
+    # of float32 one says what both would
+    targets = ("gfx942",) if lanes == 64 else ("sm_80", "sm_90a")[dtype == "fp32" :]
     return Job("chosen_adam", "chosen_adam_kernel", types, constants, unaligned, options, targets)
 
 
-JOBS = {f"select {block}": selection(block, True) for block in (128, 4096, SELECTABLE)}
+JOBS = {f"select {block}": selection(block, True) for block in (128, SELECTABLE)}
 JOBS |= {"select odd": selection(4096, False), "select one": selection(128, False, 1)}
 for _lanes in (32, 64):
-    for _dim, _flipped in ((-1, False), (-2, False), (-2, True)):
-        for _r in (64, 1024, 8192) if _lanes == 32 else (1024,):
+    # along -2 the tile of 1024 is that of all that are larger
+    for _dim, _flipped, _ranks in ((-1, False, (64, 1024, 8192)), (-2, False, (64, 1024)), (-2, True, (64, 1024))):
+        for _r in _ranks if _lanes == 32 else (1024,):
             JOBS[f"{_lanes} {_dim} {_r} {_flipped}"] = adam("bf16", _r, _dim, _flipped, _lanes)
         JOBS[f"{_lanes} {_dim} odd {_flipped}"] = adam("bf16", 999, _dim, _flipped, _lanes, whole=False)
         if _lanes == 32:

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "coefficients": {"_types"},
     "orthogonal": PARTS | {"coefficients"},
     "distributed": {"_types"},
-    "_state": {"_types"},
+    "_state": {"_types", "_half"},
     "optimizer": {"_types", "_half", "_state", "_checks", "ops", "storage", "distributed", "probes"},
     "projected": CORE,
     "galore": PROJECTED,

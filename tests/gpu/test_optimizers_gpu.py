@@ -1,12 +1,13 @@
 """Every optimizer on a CUDA device: the steps of a float32 run on a CPU, and no waiting for the device in between."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import MFAC, LDAdamW, ops, random_bases, reference
+from lowrank_optim import MFAC, DCTAdamW, GaLoreAdamW, LDAdamW, Muon, ops, random_bases, reference
 from lowrank_optim._types import HOST
 from lowrank_optim.rules import Projected
 from tests.small_model import CLASSES, WAYS, Way
@@ -149,3 +150,34 @@ def test_bfloat16_weights_learn_from_steps_that_are_too_small_for_them(way: Way)
         moved[chance] = p.detach().ne(1)
     assert not moved[False].any()
     assert moved[True].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Muon, GaLoreAdamW, DCTAdamW])
+def test_a_learning_rate_may_be_a_tensor_anywhere(kind: Any, dtype: torch.dtype) -> None:
+    moved = []
+    for lr in (0.02, torch.tensor(0.02), torch.tensor(0.02, device="cuda")):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in ((256, 96), (32,))]
+        opt = kind(params, lr=lr, **({} if kind is Muon else {"rank": 8}))
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+        moved.append([p.detach().clone() for p in params])
+    for ours in moved[1:]:
+        # a tensor goes by way of a kernel, a number to cuBLAS
+        torch.testing.assert_close(ours, moved[0], rtol=1.6e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Muon, GaLoreAdamW])
+def test_a_convolution_in_channels_last_is_stepped(kind: Any, dtype: torch.dtype) -> None:
+    moved = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(72, 9, 3, 3, device="cuda").to(dtype).to(memory_format=form))
+        opt = kind([p], lr=0.02, **({} if kind is Muon else {"rank": 8, "basis": "random"}))
+        p.grad = torch.randn_like(p, memory_format=torch.contiguous_format).contiguous(memory_format=form)
+        opt.step()
+        moved.append(p.detach().clone())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-2, atol=1e-3)

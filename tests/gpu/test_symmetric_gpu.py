@@ -95,10 +95,10 @@ def test_of_what_does_not_commute_the_lower_triangle_is_kept_and_mirrored(
 
 
 def test_float32_is_not_multiplied_in_tf32() -> None:
-    # 1 + 2⁻²⁰ is 1 there
-    a = torch.full((1, 64, 64), 1 + 2.0**-20, device=DEVICE)
+    # 1 + 2⁻¹² is 1 there, and float32 holds all sums of it
+    a = torch.full((1, 64, 64), 1 + 2.0**-12, device=DEVICE)
     found = kernel.symmetric(a, torch.ones_like(a))
-    assert torch.equal(found, torch.full_like(found, 64 * (1 + 2.0**-20)))
+    assert torch.equal(found, torch.full_like(found, 64 * (1 + 2.0**-12)))
 
 
 def test_bfloat16_is_rounded_to_nearest_and_to_even() -> None:
@@ -132,7 +132,8 @@ def test_it_addresses_more_elements_than_fit_32_bits(large: str) -> None:
     a = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_()
     last = kernel.symmetric(a, a)[-1, -1]
     expected = a[-1].float() @ a[-1, -1].float()
-    assert (last - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+    # tensor cores cut off what they add to a sum, and a million squares have one sign
+    assert (last - expected).abs().max() <= (2.0**-8 if large == "result" else 2.0**-7) * expected.abs().max()
 
 
 def test_it_runs_on_the_device_of_its_tensors() -> None:

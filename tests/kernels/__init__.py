@@ -6,6 +6,17 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"{__name__}.{name}"
-        for name in ("adam", "adamw", "apply", "dct", "moments", "momentum", "normalized", "recursion", "symmetric")
+        for name in (
+            "adam",
+            "adamw",
+            "apply",
+            "dct",
+            "moments",
+            "momentum",
+            "normalized",
+            "recursion",
+            "select",
+            "symmetric",
+        )
     )
 )

@@ -97,12 +97,12 @@ def its_own_elements_are_read_only(n: int, corners: tuple[tuple[int, int], ...],
 
 def many_equal_each_alone(dim: int, dtype: torch.dtype, device: str) -> None:
     """Matrices of one shape in one launch get the bits that each gets, wherever and however it is stored."""
-    x = matrix(40, 512, dim, dtype, device=device)
+    x = matrix(10, 64, dim, dtype, device=device)
     others = [LAYOUTS[layout](torch.randn_like(x)) for layout in ("contiguous", "transposed", "sliced")]
     for xs in ([x, others[0]], [x, *others]):
         found, energies = kernel.all_dct_energies(xs, dim, out_dtype=dtype)
         assert found.shape == (len(xs), *x.shape)
-        assert energies.shape == (len(xs), 512)
+        assert energies.shape == (len(xs), 64)
         for one, made, energy in zip(xs, found, energies, strict=True):
             expected = kernel.dct_energies(one, dim, out_dtype=dtype)
             assert torch.equal(made, expected[0])

@@ -59,7 +59,8 @@ def bfloat16_is_nearest_and_even(device: str) -> None:
     # halfway between two numbers, up and down; just past it; the largest; negative
     for value in (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.3895314e38, -1 - 3 * 2.0**-8):
         c = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=device)
-        assert torch.equal(kernel.symmetric(c, c, c, gamma=value), torch.full_like(c, value)), value
+        expected = torch.tensor(value).to(device, torch.bfloat16).view(1, 1, 1)
+        assert torch.equal(kernel.symmetric(c, c, c, gamma=value), expected), value
 
 
 def nan_goes_to_its_row_and_column(n: int, dtype: torch.dtype, device: str, **how: Any) -> None:
