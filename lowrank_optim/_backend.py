@@ -132,6 +132,14 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
+def near(lr: float | Tensor, x: Tensor) -> float | Tensor:
+    """Return a learning rate where a kernel can read it that works on `x`."""
+    if not isinstance(lr, Tensor) or lr.device == x.device or not x.is_cuda:
+        return lr
+    # one on the CPU is read without waiting
+    return float(lr) if lr.device.type == "cpu" else lr.to(x.device, non_blocking=True)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Keep the products of a step in the dtype of the mathematics when a step is made inside autocast."""
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

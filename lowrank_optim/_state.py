@@ -31,6 +31,11 @@ def together(rule: Rule, p: Tensor, chunk_bytes: int) -> int:
     return max(1, chunk_bytes * (4 if p.is_cuda else 1) // need)
 
 
+def rate(lr: float | Tensor) -> float | Tensor:
+    """Return a learning rate; a tensor stays where it is, and of no dimensions it mixes with every dtype and device."""
+    return lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr
+
+
 def pairs(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
     """Yield (saved id, parameter, saved group) in order; torch itself refuses lists that do not match."""
     for old, new in zip(saved, own, strict=False):

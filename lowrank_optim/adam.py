@@ -80,6 +80,32 @@ class Adam:
         steps = [tick.step for tick in ticks]
         return {"betas": self.betas, "eps": self.eps, "steps": steps, "scale": self.scale, "dtype": self.dtype}
 
+    def write_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        ticks: list[Tick],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        apart: int | None,
+    ) -> bool:
+        """Advance the moments and write the weights in one launch; return False, and do nothing, where no kernel does.
+
+        With `apart`, added to the seeds of moments, weights are rounded by chance.
+        """
+        plain = self.storage.in_place and self.aged is None and self.dtype is None and self.scale == 1
+        if not plain or not passes.in_one_pass(grads[0]) or not all(p.is_contiguous() for p in params):
+            return False
+        firsts, seconds = ([state[name] for state in states] for name in _ADAM)
+        if firsts[0].dtype != torch.float32:
+            return False
+        seeds = None if apart is None else [tick.seed + apart for tick in ticks]
+        numbers: dict[str, Any] = {"lr": lr, "betas": self.betas, "eps": self.eps, "weight_decay": weight_decay}
+        passes.adamw_(params, grads, firsts, seconds, [tick.step for tick in ticks], **numbers, seeds=seeds)
+        return True
+
     def goes_along(self, like: Tensor) -> bool:
         """Return whether a kernel can take the moments along while it advances them."""
         return self.storage.in_place and self._in_one_pass(like, ())

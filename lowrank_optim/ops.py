@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_optim import reference, reference_apply, reference_matrix
-from lowrank_optim._backend import called, fills, takes_triton
+from lowrank_optim._backend import called, fills, near, takes_triton
 from lowrank_optim._backend import without_autocast as without_autocast
 from lowrank_optim._half import HALF, multiplies
 from lowrank_optim._types import Factored, Scaled, Update, dense
@@ -155,10 +155,7 @@ def apply_(
     that the update takes the same way, or leaves alone.
     """
     cautious = cautious and weight_decay != 0
-    if isinstance(lr, Tensor) and lr.device != param.device and param.is_cuda:
-        # one on the CPU is read without waiting
-        lr = float(lr) if lr.device.type == "cpu" else lr.to(param.device, non_blocking=True)
-    numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
+    numbers: dict[str, Any] = {"lr": near(lr, param), "weight_decay": weight_decay, "seed": seed}
     # of a parameter the tensor; a sharded one stays one
     param = param.detach()
     if isinstance(update, Factored | Scaled):

@@ -165,23 +165,29 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._checked[place] = said
 
     def _update_(self, rule: Rule, params: list[Tensor], group: Group, turns: dict[Tensor, float]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            # a tensor stays on its device; of no dimensions it mixes with every dtype and device
-            lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
         whole = _state.as_is(rule, params[0])
         grads = [self._gradient(p, group, as_is=whole) for p in params]
         states = [self.state[p] for p in params]
         ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
         probes.chunk(params)
+        numbers: dict[str, Any] = {"lr": _state.rate(group["lr"]), "weight_decay": self._decay(group)}
+        apart = _WEIGHT if group.get("stochastic_rounding") else None
+        cautious = group.get("cautious", False)
+        write_ = None if cautious or probes.listening() else getattr(rule, "write_", None)
+        if write_ is not None and write_(params, grads, states, ticks, **numbers, apart=apart):
+            for p, tick in zip(params, ticks, strict=True):
+                self._count_(p, tick)
+            return
         for i, (p, tick, update) in enumerate(zip(params, ticks, rule.updates(grads, states, ticks), strict=True)):
             if update is not None:
                 probes.updated(i, update)
-                seed = tick.seed + _WEIGHT if group.get("stochastic_rounding") else None
-                cautious = group.get("cautious", False)
-                ops.apply_(p, update, lr=lr, weight_decay=self._decay(group), seed=seed, cautious=cautious)
-                step = self.state[p]["step"].fill_(tick.step)
-                self._clocks[id(p)] = (step, step._version, tick.step)
+                seed = None if apart is None else tick.seed + apart
+                ops.apply_(p, update, **numbers, seed=seed, cautious=cautious)
+                self._count_(p, tick)
+
+    def _count_(self, p: Tensor, tick: Tick) -> None:
+        step = self.state[p]["step"].fill_(tick.step)
+        self._clocks[id(p)] = (step, step._version, tick.step)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""

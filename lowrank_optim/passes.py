@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank_optim._backend import called, takes_triton
+from lowrank_optim._backend import called, near, takes_triton
 from lowrank_optim._half import HALF
 from lowrank_optim._types import State
 
@@ -47,6 +47,27 @@ def stored_adam_directions_(
     numbers: dict[str, Any] = {"betas": betas, "eps": eps, "steps": steps, "seeds": seeds, "scale": scale}
     function = called(kernel.stored_adam_directions_, grads[0])
     return function(grads, states, state_dtype=kept, **numbers, dtype=dtype or torch.float32)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    seeds: list[int] | None = None,
+) -> None:
+    """Do as `reference_apply.adamw_` for contiguous weights and float32 moments, where `in_one_pass`."""
+    from lowrank_optim.kernels import adamw as kernel
+
+    weights = [p.detach() for p in params]
+    numbers: dict[str, Any] = {"lr": near(lr, weights[0]), "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    called(kernel.adamw_, grads[0])(weights, grads, exp_avgs, exp_avg_sqs, steps, **numbers, seeds=seeds)
 
 
 def dct_energies(x: Tensor, dim: int, ranking: Literal["l2", "l1"]) -> tuple[Tensor, Tensor] | None:

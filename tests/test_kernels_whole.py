@@ -1,5 +1,7 @@
 """Whole optimizers on the kernels, interpreted, against the same ones on plain torch."""
 
+import contextlib
+import copy
 import os
 from typing import Any
 
@@ -7,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, LowRankMuon, Muon, backend, ops, orthogonalize
+from lowrank_optim import Diagnostics, GaLoreAdamW, LowRankMuon, Muon, backend, ops, orthogonalize
 from lowrank_optim.coefficients import table
 from lowrank_optim.orthogonal import Plan, plan
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from lowrank_optim.kernels import adam, momentum, recursion
+from lowrank_optim.kernels import adamw, momentum, recursion
+from tests.kernels.common import shapes_seen
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1 only"
@@ -69,6 +72,47 @@ def test_directions_of_16_bits_are_added_to_every_weight(dtype: torch.dtype) -> 
         assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chance", [False, True])
+@pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
+def test_what_is_adamw_alone_is_one_launch_for_each_shape(
+    chance: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = shapes_seen(monkeypatch, adamw, "adamw_")
+    options = {"rank": None, "stochastic_rounding": chance, "maximize": True}
+    expected, found = (moved(GaLoreAdamW, name, dtype, **options) for name in ("torch", "triton"))
+    assert seen == [SHAPES[0], SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]] * 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
+def test_a_run_of_adamw_resumes_bit_for_bit_and_goes_on_with_a_listener() -> None:
+    """With one, who wants to see updates, weights are written one by one."""
+
+    def run(steps: int, listener: bool = False, resume: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 70).bfloat16())
+        opt = GaLoreAdamW([p], rank=None, lr=0.1, stochastic_rounding=True)
+        for step in range(steps):
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+            if step == resume:
+                state = copy.deepcopy(opt.state_dict())
+                opt = GaLoreAdamW([p], rank=None)
+                opt.load_state_dict(state)
+            with backend("triton"), Diagnostics(opt).listening() if listener else contextlib.nullcontext():
+                opt.step()
+        return p.detach(), opt.state_dict()["state"][0]
+
+    whole, state = run(4)
+    weights, other = run(4, resume=2)
+    assert torch.equal(weights, whole)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    weights, other = run(4, listener=True)
+    torch.testing.assert_close(weights, whole, rtol=2.0**-7, atol=0)
+    torch.testing.assert_close(other, state, rtol=1e-5, atol=1e-8)
+
+
 def test_the_kernels_do_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
@@ -83,14 +127,14 @@ def test_the_kernels_do_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in (
         (momentum, "normalized_momenta_"),
-        (adam, "stored_adam_directions_"),
+        (adamw, "adamw_"),
         (recursion, "gram_recursion"),
     ):
         watch(module, name)
     moved(Muon, "torch", torch.float32)
     assert seen == []
     moved(Muon, "triton", torch.float32, ns_coefficients="you", split=None)
-    assert set(seen) == {"normalized_momenta_", "stored_adam_directions_", "gram_recursion"}
+    assert set(seen) == {"normalized_momenta_", "adamw_", "gram_recursion"}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 40, 33), (64, 100), (3, 100, 64)], ids=str)
