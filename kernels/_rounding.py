@@ -1,7 +1,11 @@
 """How float32 numbers become those of a shorter format: to the nearest, or up or down by chance; see `reference`."""
 
+import torch
 import triton
 import triton.language as tl
+
+# what kernels read and write
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the constants of `reference.noise`, as int32 has them
 _FIRST = tl.constexpr(0x9E3779B1 - (1 << 32))

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ._launch import STRIDED_TILE, launch_shape, traced
+from ._rounding import DTYPES as DTYPES
 from ._rounding import rounded, wrapped
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit

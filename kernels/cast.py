@@ -6,9 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import WIDE, launch_shape
+from ._rounding import DTYPES as DTYPES
 from ._rounding import nearest
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ._dct_tables import tables
 from ._launch import DctSplit, dct_rows, dct_split
+from ._rounding import DTYPES as DTYPES
 from ._rounding import nearest
 from .moments import device_table
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # side of the tiles that are transposed
 _TILE = 64
 

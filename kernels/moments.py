@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._rounding import DTYPES as DTYPES
 from ._rounding import noise, stochastic
 
 # by what a moment is kept in: how many elements are a row of a program's tile, which where there are scales share one
 ROWS_OF = {"float32": 256, "bfloat16": 256, "int8": 256, "int4": 64}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _KEPT = {
     "float32": (torch.float32, torch.float32),

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ._launch import MOMENTUM_PARTS, WIDE, launch_shape, traced
+from ._rounding import DTYPES as DTYPES
 from ._rounding import nearest
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit

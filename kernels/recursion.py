@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import RECURSIONS, Tiles, recursion_tiles
+from ._rounding import DTYPES as DTYPES
 from ._rounding import nearest
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the largest n: a product of larger matrices does not fit the registers of one program
 LARGEST = RECURSIONS[-1].side
 # matrices that a program keeps in memory: R, W, R W, and two for Q, which changes places at each step

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ._launch import BAND, Tiles, parts_of, tiles_for, traced
+from ._rounding import DTYPES as DTYPES
 from ._triangle import start, store, tile_at
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["count", "tiles", "parts", "steps"])

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import ops, passes
+from lowrank_optim._half import HALF
 from lowrank_optim.coefficients import Coefficients, Triple, preconditioned, table
 
 Method = Literal["auto", "newton_schulz", "gram", "eigh"]
 METHODS: tuple[str, ...] = get_args(Method)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALF = (torch.float16, torch.bfloat16)
 
 # what rounding does to a Gram matrix in float32 may grow this much: to 3e-3 of the result where that is of low rank
 _GROWTH = 1e5
@@ -203,7 +203,7 @@ def plan(
     """
     m, n = shape
     short, long = min(m, n), max(m, n)
-    cpu, fine = device == "cpu", device == "cuda" and method == "auto" and dtype in _HALF
+    cpu, fine = device == "cpu", device == "cuda" and method == "auto" and dtype in HALF
     if method == "eigh":
         # there are devices that have no float64
         return Plan("eigh", torch.float32 if device == "mps" else torch.float64)
@@ -215,7 +215,7 @@ def plan(
         method = "gram" if _gram_pays(short, long, device) else "newton_schulz"
     if method == "newton_schulz":
         return Plan(method, dtype, halves=cpu and short >= _HALVES)
-    if dtype in _HALF and (short < _SMALL or long < _OBLONG * short):
+    if dtype in HALF and (short < _SMALL or long < _OBLONG * short):
         # nothing to save, or nothing to spare: anew at each step is the standard form
         return Plan(method, dtype, tuple(range(1, len(triples))), cpu and short >= _HALVES)
     if fine:

@@ -159,7 +159,7 @@ class Projected:
         """
         matrix = matrix_shape(shape)
         # of 16 bits, where the others are counted as 32
-        whole = math.prod(matrix) // 2 if self.basis.guarded is False else 0
+        whole = math.prod(matrix) // 2 if hasattr(self.basis, "adam_directions_") else 0
         return 2 * math.prod(self.basis.coords_shape(matrix)) + max(whole, self.basis.numel(matrix))
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:

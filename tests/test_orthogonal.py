@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_optim import orthogonalize
-from lowrank_optim.coefficients import REGISTRY, table
-from lowrank_optim.orthogonal import Plan, Spectral, plan
+from lowrank_optim.coefficients import REGISTRY, preconditioned, table
+from lowrank_optim.orthogonal import Plan, Spectral, plan, run
 from lowrank_optim.reference_matrix import Halves, Whole, gram_newton_schulz, newton_schulz
 
 TABLES = [name for name, entry in REGISTRY.items() if entry.normalization == "frobenius"]
@@ -426,3 +426,25 @@ def test_compiled_it_is_one_graph_and_gives_the_same_numbers(dtype):
     # of another size: sizes may become symbols
     assert torch.equal(compiled(x[:, :, :40]), orthogonalize(x[:, :, :40]))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if not preconditioned(name)])
+def test_a_gpus_plan_is_no_worse_than_the_standard_form_in_bfloat16(name):
+    """Three steps of the Gram form between restarts, in float16; here a CPU follows the plan."""
+    source = torch.Generator().manual_seed(0)
+    triples = table(name)
+    how = plan("auto", (512, 2048), torch.bfloat16, "cuda", triples)
+    assert how == Plan("gram", torch.float16, tuple(range(2, len(triples), 3)))
+    u, v = (torch.linalg.qr(torch.randn(k, 96, generator=source, dtype=torch.float64)).Q for k in (96, 288))
+    at = torch.linspace(0, 1, 96, dtype=torch.float64)
+    for sigma in (
+        torch.ones(96).double(),
+        10 ** (-3 * at),
+        10 ** (-5 * at),
+        torch.where(at < 0.02, 1.0, 0.01).double(),
+    ):
+        x = ((u * sigma) @ v.mT).unsqueeze(0)
+        exact = run(x, Plan("newton_schulz", torch.float64), triples, eps=0.0)
+        made = [run(x, form, triples, eps=0.0) for form in (how, Plan("newton_schulz", torch.bfloat16))]
+        ours, standard = (float((y.double() - exact).norm()) for y in made)
+        assert ours <= standard
