@@ -162,11 +162,11 @@ def stored_adam_directions_(
     directions = _room((len(kept), *like.shape), dtype, like)
     table, whole, count = None, True, len(kept)
     if count > 1:
-        # scales are read one by one
         places, whole = pointers(kept, firsts[0], seconds[0])
-        scales, _ = pointers(firsts[1], seconds[1])
-        places = [*places, *scales]
-        numbers = [_unbiased(betas, eps, step, scale) for step in steps]
+        # scales are read one by one
+        places += places[1:] if firsts[1] is firsts[0] else pointers(firsts[1], seconds[1])[0]
+        of_step = {step: _unbiased(betas, eps, step, scale) for step in set(steps)}
+        numbers = [of_step[step] for step in steps]
         table = device_table(
             zip(*places, map(wrapped, seeds), *zip(*numbers, strict=True), strict=True), _LAYOUT, like.device
         )

@@ -1,5 +1,6 @@
 """How a state is allocated, matched and filled when one is loaded, and whose turn is when."""
 
+import functools
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -7,15 +8,38 @@ import torch
 from torch import Tensor
 
 from lowrank_optim._half import takes
-from lowrank_optim._types import NewState, Rule, State, compute_dtype
+from lowrank_optim._types import HOST, NewState, Rule, State, compute_dtype
 
 FORMAT_VERSION = 1
+
+
+class Clocks:
+    """Host copies of the step tensors, so that no step waits for a device."""
+
+    def __init__(self) -> None:
+        # by a parameter's id: its tensor, the version of that when it was last seen, and its number
+        self._known: dict[int, tuple[Tensor, int, int]] = {}
+
+    def taken(self, p: Tensor, state: State) -> int:
+        """Return how many updates `p` has had, reading its tensor only when something else has written to it."""
+        step = state["step"]
+        known = self._known.get(id(p))
+        if known is None or known[0] is not step or known[1] != step._version:
+            known = self._known[id(p)] = (step, step._version, int(step.item()))
+        return known[2]
+
+    def count_(self, p: Tensor, state: State, taken: int) -> None:
+        """Say how many it has had now."""
+        step = state["step"].fill_(taken)
+        self._known[id(p)] = (step, step._version, taken)
 
 
 def alike(p: Tensor) -> Hashable:
     """Return what parameters that are stepped together have in common."""
     grad = p.grad
-    return (p.shape, p.dtype, p.device, type(p.detach()), None if grad is None else (grad.dtype, type(grad)))
+    # of a parameter the class of its tensor, which mostly is known without looking
+    kind = Tensor if type(p) is torch.nn.Parameter else type(p.detach())
+    return (p.shape, p.dtype, p.device, kind, None if grad is None else (grad.dtype, type(grad)))
 
 
 def as_is(rule: Rule, p: Tensor) -> bool:
@@ -27,13 +51,42 @@ def together(rule: Rule, p: Tensor, chunk_bytes: int) -> int:
     """Return how many parameters like this are stepped at once."""
     count = getattr(rule, "need_as_is", rule.need) if as_is(rule, p) else rule.need
     need = max(1, count(p.shape) * compute_dtype(p).itemsize)
-    # a GPU waits for the host unless that hands it more at once
-    return max(1, chunk_bytes * (4 if p.is_cuda else 1) // need)
+    return max(1, chunk_bytes * chunks_at_once(p.device) // need)
+
+
+@functools.cache
+def chunks_at_once(device: torch.device) -> int:
+    """Return how many times `chunk_bytes` a step may take: a GPU waits for the host unless that hands it much at once.
+
+    At most one byte in 128 of a large device, which the activations have left when a step begins; on others 4.
+    """
+    if device.type != "cuda":
+        return 1
+    # a tensor may stand for one that is on no device of this machine
+    if not torch.cuda.is_available():
+        return 4
+    return max(4, torch.cuda.get_device_properties(device).total_memory >> 33)
 
 
 def rate(lr: float | Tensor) -> float | Tensor:
     """Return a learning rate; a tensor stays where it is, and of no dimensions it mixes with every dtype and device."""
     return lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr
+
+
+def strayed(state: State, p: Tensor) -> tuple[bool, bool]:
+    """Return whether a state is elsewhere than its parameter, and whether it holds the other kind of numbers."""
+    device, other = p.device, torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
+    moved = recast = False
+    for name in _beside(tuple(state)):
+        value = state[name]
+        moved, recast = moved or value.device != device, recast or value.dtype == other
+    return moved, recast
+
+
+@functools.cache
+def _beside(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return of the names of a state those that are where the parameter is; further blocks of a split have numbers."""
+    return tuple(name for name in names if name.rstrip("_0123456789") not in HOST)
 
 
 def pairs(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Bases that are some of the columns of a fixed one: nothing is kept of them but indices."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -186,16 +187,34 @@ class _OfMatrix(Selected):
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return G Q (right) or Qᵀ G (left), Q being the selected columns."""
-        columns = self._columns(state, grad)
-        return ops.product(grad, columns) if self.side == "right" else ops.product(columns.mT, grad)
+        return self.project_all([state], [grad])[0]
+
+    def project_all(self, states: list[State], grads: list[Tensor]) -> list[Tensor]:
+        """Return the coordinates of matrices of one shape."""
+        rows = self._selected(states, grads[0])
+        if self.side == "right":
+            return [ops.product(grad, columns.mT) for grad, columns in zip(grads, rows, strict=True)]
+        return [ops.product(columns, grad) for grad, columns in zip(grads, rows, strict=True)]
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors of R Qᵀ (right) or Q R (left)."""
-        columns = self._columns(state, coords)
-        return Factored(coords, columns.mT) if self.side == "right" else Factored(columns, coords)
+        return self.lift_all([state], [coords])[0]
 
-    def _columns(self, state: State, like: Tensor) -> Tensor:
-        return self._matrix(like).mT.index_select(0, state["basis_index"]).mT
+    def lift_all(self, states: list[State], coords: list[Tensor]) -> list[Factored]:
+        """Return the factors of each, of one shape."""
+        rows = self._selected(states, coords[0])
+        if self.side == "right":
+            return [Factored(each, columns) for each, columns in zip(coords, rows, strict=True)]
+        return [Factored(columns.mT, each) for each, columns in zip(coords, rows, strict=True)]
+
+    def _selected(self, states: list[State], like: Tensor) -> Iterator[Tensor]:
+        """Yield the selected columns of each as rows; a device gathers all at once, a CPU as they are asked for."""
+        every, indices = self._matrix(like).mT, [state["basis_index"] for state in states]
+        if multiplies(like) and len(indices) > 1:
+            yield from every.index_select(0, torch.cat(indices)).view(len(indices), self.rank, -1).unbind()
+            return
+        for index in indices:
+            yield every.index_select(0, index)
 
     def _matrix(self, like: Tensor) -> Tensor:
         raise NotImplementedError
@@ -213,9 +232,9 @@ class DCT(_OfMatrix):
         """Return whether products with it are made in its 16 bits."""
         return multiplies(grad)
 
-    def rounded(self, state: State, dtype: torch.dtype) -> State:
-        """Return the state: columns are made in the dtype of what they are multiplied with."""
-        return state
+    def rounded(self, states: list[State], dtype: torch.dtype) -> list[State]:
+        """Return the states: columns are made in the dtype of what they are multiplied with."""
+        return states
 
     def adam_directions_(self, states: list[State], grads: list[Tensor], **numbers: Any) -> list[Tensor] | None:
         """Refresh, take the moments along and return what Adam makes of the coordinates; None where no kernels do."""

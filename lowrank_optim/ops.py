@@ -1,6 +1,6 @@
 """One name per operation; this file and `passes` choose between a kernel and plain torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,25 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         dtype = a.dtype if a.dtype in HALF else b.dtype
         return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
     return reference.product(a, b)
+
+
+def products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
+    """Return `product` of each, where all of one side are alike."""
+    a, b = lefts[0], rights[0]
+    if type(a) is Tensor and a.is_cuda and a.dtype == b.dtype and a.dtype in HALF:
+        return [torch.mm(left, right, out_dtype=torch.float32) for left, right in zip(lefts, rights, strict=True)]
+    return [product(left, right) for left, right in zip(lefts, rights, strict=True)]
+
+
+def casts(xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors of one shape in `dtype`, in memory of their own, by one call."""
+    whole = torch.empty((len(xs), *xs[0].shape), dtype=dtype, device=xs[0].device)
+    if xs[0].numel() * dtype.itemsize % 16:
+        # products read whole vectors
+        return [x.to(dtype) for x in xs]
+    made = list(whole.unbind())
+    torch._foreach_copy_(made, xs)
+    return made
 
 
 def symmetric(
@@ -194,8 +213,7 @@ def _apply_sum_(
     numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
     halves = None if product is None or not multiplies(param) else [x.to(param.dtype) for x in product]
     if halves is not None and scaled is None and seed is None and not isinstance(lr, Tensor):
-        # one call decays, multiplies in float32, and rounds once
-        param.addmm_(*halves, beta=1 - lr * weight_decay, alpha=-lr)
+        _add_product_(param, halves[0], halves[1], lr, weight_decay)
     elif takes_triton(param, faster=multiplies(param)):
         from lowrank_optim.kernels import factored_add as kernel
 
@@ -203,6 +221,30 @@ def _apply_sum_(
         called(kernel.apply_sum_, param)(param, product, scaled, **numbers)
     else:
         reference_apply.apply_sum_(param, None if product is None else _widened(product), scaled, **numbers)
+
+
+def add_products_(
+    params: Sequence[Tensor], updates: Iterable[Update | None], *, lr: float | Tensor, weight_decay: float
+) -> bool:
+    """Do as `apply_` for parameters alike, where all updates are factored and one call adds each.
+
+    Returns:
+        Whether that was so; otherwise nothing has been done, nor has an iterator been advanced.
+    """
+    like = params[0].detach()
+    if isinstance(lr, Tensor) or like.dim() != 2 or not multiplies(like) or not isinstance(updates, list):
+        return False
+    if not all(isinstance(update, Factored) for update in updates):
+        return False
+    dtype = like.dtype
+    for p, (left, right) in zip(params, updates, strict=True):
+        _add_product_(p, left.to(dtype), right.to(dtype), lr, weight_decay)
+    return True
+
+
+def _add_product_(param: Tensor, left: Tensor, right: Tensor, lr: float, weight_decay: float) -> None:
+    # decays, multiplies in float32, and rounds once
+    param.addmm_(left, right, beta=1 - lr * weight_decay, alpha=-lr)
 
 
 def _widened(product: Factored) -> Factored:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_optim import _state, distributed, ops, probes
 from lowrank_optim._checks import check_choice, check_group
 from lowrank_optim._state import FORMAT_VERSION, check_groups, code_dtype, filled, pairs, shapes, spread, with_roles
-from lowrank_optim._types import HOST, Rule, State, Tick, compute_dtype
+from lowrank_optim._types import Rule, State, Tick, compute_dtype
 from lowrank_optim.storage import STATE_DTYPES
 
 Group = dict[str, Any]
@@ -30,8 +30,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
-            bytes of temporaries (four times as many on a GPU); a parameter that needs more is stepped alone. A
-            decomposition of a matrix needs about three more copies of that matrix while it runs.
+            bytes of temporaries (four times as many on a GPU, or one byte in 128 of a large one's memory); a parameter
+            that needs more is stepped alone. A decomposition of a matrix needs about three more copies of that matrix
+            while it runs.
     """
 
     chunk_bytes: ClassVar[int] = 64 << 20
@@ -39,8 +40,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = {**defaults, "format_version": FORMAT_VERSION}
         self._check(defaults, defaults)
-        # host copies of the step tensors, so that no step waits for a device; what groups said when they were checked
-        self._clocks: dict[int, tuple[Tensor, int, int]] = {}
+        self._clocks = _state.Clocks()
+        # what groups said when they were checked
         self._checked: dict[int, Group] = {}
         super().__init__(params, defaults)
 
@@ -149,7 +150,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self._clocks, self._checked = {}, {}
+        self._clocks, self._checked = _state.Clocks(), {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -168,26 +169,28 @@ class RuleOptimizer(torch.optim.Optimizer):
         whole = _state.as_is(rule, params[0])
         grads = [self._gradient(p, group, as_is=whole) for p in params]
         states = [self.state[p] for p in params]
-        ticks = [Tick(self._taken(p) + 1, turns.get(p, 0.0)) for p in params]
+        kept = list(zip(params, states, strict=True))
+        ticks = [Tick(self._clocks.taken(p, state) + 1, turns.get(p, 0.0)) for p, state in kept]
         probes.chunk(params)
         numbers: dict[str, Any] = {"lr": _state.rate(group["lr"]), "weight_decay": self._decay(group)}
         apart = _WEIGHT if group.get("stochastic_rounding") else None
         cautious = group.get("cautious", False)
-        write_ = None if cautious or probes.listening() else getattr(rule, "write_", None)
-        if write_ is not None and write_(params, grads, states, ticks, **numbers, apart=apart):
-            for p, tick in zip(params, ticks, strict=True):
-                self._count_(p, tick)
+        plain = not cautious and not probes.listening()
+        write_ = getattr(rule, "write_", None) if plain else None
+        written = write_ is not None and write_(params, grads, states, ticks, **numbers, apart=apart)
+        if not written:
+            updates = rule.updates(grads, states, ticks)
+            written = plain and apart is None and ops.add_products_(params, updates, **numbers)
+        if written:
+            for (p, state), tick in zip(kept, ticks, strict=True):
+                self._clocks.count_(p, state, tick.step)
             return
-        for i, (p, tick, update) in enumerate(zip(params, ticks, rule.updates(grads, states, ticks), strict=True)):
+        for i, ((p, state), tick, update) in enumerate(zip(kept, ticks, updates, strict=True)):
             if update is not None:
                 probes.updated(i, update)
                 seed = None if apart is None else tick.seed + apart
                 ops.apply_(p, update, **numbers, seed=seed, cautious=cautious)
-                self._count_(p, tick)
-
-    def _count_(self, p: Tensor, tick: Tick) -> None:
-        step = self.state[p]["step"].fill_(tick.step)
-        self._clocks[id(p)] = (step, step._version, tick.step)
+                self._clocks.count_(p, state, tick.step)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""
@@ -204,8 +207,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _present(self, group: Group) -> Iterator[Tensor]:
         """Yield the parameters that have a gradient, whose state is there then, and where they are."""
         for p in group["params"]:
-            if p.grad is not None:
-                if p.grad.layout != torch.strided:
+            grad = p.grad
+            if grad is not None:
+                if grad.layout != torch.strided:
                     owner = type(self).__name__
                     raise RuntimeError(f"{owner} does not support sparse gradients; use torch.optim.SparseAdam")
                 self._follow(p, group)
@@ -231,14 +235,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         grad = p.grad.resolve_neg() if as_is else p.grad.to(compute_dtype(p))
         return -grad if group["maximize"] else grad
 
-    def _taken(self, p: Tensor) -> int:
-        """Return how many updates `p` has had, reading the tensor only when something else has written to it."""
-        step = self.state[p]["step"]
-        known = self._clocks.get(id(p))
-        if known is None or known[0] is not step or known[1] != step._version:
-            known = self._clocks[id(p)] = (step, step._version, int(step.item()))
-        return known[2]
-
     def _new_state(self, p: Tensor, group: Group) -> State:
         owner = type(self).__name__
         if p.is_complex():
@@ -258,17 +254,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not state:
             self.state[p] = self._new_state(p, group)
             return
-        # what further blocks of a split keep has a number at the end
-        kept = {name: value for name, value in state.items() if name.rstrip("_0123456789") not in HOST}
-        moved = any(value.device != p.device for value in kept.values())
-        other = torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
-        recast = False
-        if any(value.dtype == other for value in kept.values()):
+        moved, recast = _state.strayed(state, p)
+        if recast:
             # not all that is kept need be in the dtype of the mathematics
             need = self._rule(group, p).init(p.shape, shapes(p))
-            recast = any(name in need and value.dtype != need[name].dtype for name, value in kept.items())
+            recast = any(name in need and value.dtype != need[name].dtype for name, value in state.items())
         if recast or moved:
-            lost = any(value.is_meta for value in kept.values())
+            lost = any(value.is_meta for value in state.values())
             self.state[p] = filled(self._new_state(p, group), {} if lost else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:

@@ -80,16 +80,23 @@ class Orthonormal:
         """Return whether products with it are made in its 16 bits."""
         return multiplies(grad)
 
-    def rounded(self, state: State, dtype: torch.dtype) -> State:
-        """Return the state with the basis in the 16 bits that it is multiplied in, in memory of its own."""
-        return state | {name: state[name].to(dtype) for name in ("basis", "basis_right") if name in state}
+    def rounded(self, states: list[State], dtype: torch.dtype) -> list[State]:
+        """Return the states with the bases in the 16 bits that they are multiplied in, in memory of their own."""
+        for name in ("basis", "basis_right") if self.side == "both" else ("basis",):
+            made = ops.casts([state[name] for state in states], dtype)
+            states = [state | {name: basis} for state, basis in zip(states, made, strict=True)]
+        return states
 
     def project(self, state: State, grad: Tensor) -> Tensor:
         """Return the coordinates."""
+        return self.project_all([state], [grad])[0]
+
+    def project_all(self, states: list[State], grads: list[Tensor]) -> list[Tensor]:
+        """Return the coordinates of matrices of one shape."""
         if self.side == "right":
-            return ops.product(grad, state["basis"].mT)
-        coords = ops.product(state["basis"].mT, grad)
-        return ops.product(coords, state["basis_right"].mT) if self.side == "both" else coords
+            return ops.products(grads, [state["basis"].mT for state in states])
+        coords = ops.products([state["basis"].mT for state in states], grads)
+        return ops.products(coords, [state["basis_right"].mT for state in states]) if self.side == "both" else coords
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors."""

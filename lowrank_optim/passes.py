@@ -90,10 +90,12 @@ def dct_adam_directions_(
         return None
     from lowrank_optim.kernels import chosen_adam, dct, select
 
-    values, energies = dct.all_dct_energies(grads, dim, out_dtype=_coefficients(grads[0]), ranking=ranking)
-    places = select.select_columns_(energies, [state["basis_index"] for state in states])
+    like, out_dtype = grads[0], _coefficients(grads[0])
+    values, energies = called(dct.all_dct_energies, like)(grads, dim, out_dtype=out_dtype, ranking=ranking)
+    places = called(select.select_columns_, like)(energies, [state["basis_index"] for state in states])
     numbers["dtype"] = numbers["dtype"] or torch.float32
-    return chosen_adam.chosen_adam_directions_(values.unbind(), states, places, dim=dim, **numbers)
+    advance = called(chosen_adam.chosen_adam_directions_, like)
+    return advance(values.unbind(), states, places, dim=dim, **numbers)
 
 
 def _coefficients(x: Tensor) -> torch.dtype:

@@ -58,9 +58,12 @@ class Drop(_Plain):
         """Return True: the gradient is not looked at."""
         return True
 
-    def _update_(self, basis: Basis, state: State, look: Look) -> Update:
-        """Return the direction, lifted."""
-        return basis.lift(state, look.direction if self.scale == 1 else look.direction.mul_(self.scale))
+    def updates(self, basis: Basis, states: list[State], looks: list[Look]) -> list[Update]:
+        """Return the directions, lifted."""
+        directions = [look.direction if self.scale == 1 else look.direction.mul_(self.scale) for look in looks]
+        if (lift_all := getattr(basis, "lift_all", None)) is not None:
+            return list(lift_all(states, directions))
+        return [basis.lift(state, each) for state, each in zip(states, directions, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -50,15 +50,6 @@ class Forget:
         return torch.zeros_like(numbers)
 
 
-@runtime_checkable
-class Together(Protocol):
-    """A basis that looks at all matrices of a bucket at once; no coordinates come with its refresh."""
-
-    def project_all(self, states: list[State], grads: list[Tensor]) -> list[Tensor]:
-        """Return the coordinates of each."""
-        ...
-
-
 @dataclass(frozen=True)
 class Projected:
     """Any rule, run on the coordinates of the gradient in a low-rank basis.
@@ -98,7 +89,7 @@ class Projected:
         """Refresh where it is due, project, run the inner rule, and return what the residual makes of it."""
         found: list[Update | None] = [None] * len(grads)
         if (directions := self._at_once(grads, states, ticks)) is not None:
-            return [self.basis.lift(state, made) for state, made in zip(states, directions, strict=True)]
+            return list(cast("Any", self.basis).lift_all(states, directions))
         seen = [self.residual.seen(state, grad.flatten(1)) for grad, state in zip(grads, states, strict=True)]
         turned = [_Turned() for _ in grads]
         skipped = self._refresh_(seen, states, ticks, turned)
@@ -110,7 +101,7 @@ class Projected:
         if grads[0].dtype != compute_dtype(grads[0]):
             # factors of updates of such weights are rounded to their dtype anyway
             rule, residual = _folded(rule, residual, grads[0].dtype)
-            kept = [cast("Any", self.basis).rounded(state, grads[0].dtype) for state in kept]
+            kept = cast("Any", self.basis).rounded(kept, grads[0].dtype)
         coords = self._coords(kept, [seen[i] for i in live], [turned[i].coords for i in live])
         inner: Iterable[Update | None]
         if any(move is not None for move in moves):
@@ -163,8 +154,9 @@ class Projected:
         return 2 * math.prod(self.basis.coords_shape(matrix)) + max(whole, self.basis.numel(matrix))
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
-        if isinstance(self.basis, Together):
-            return self.basis.project_all(states, seen)
+        project_all = getattr(self.basis, "project_all", None)
+        if project_all is not None and not any(found is not None for found in known):
+            return list(project_all(states, seen))
         rows = zip(states, seen, known, strict=True)
         return [self.basis.project(state, grad) if found is None else found for state, grad, found in rows]
 

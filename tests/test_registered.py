@@ -24,7 +24,19 @@ from tests.alone import run_alone
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from lowrank_optim.kernels import adam, adamw, apply, dct, factored_add, momentum, normalized, recursion, symmetric
+from lowrank_optim.kernels import (
+    adam,
+    adamw,
+    apply,
+    chosen_adam,
+    dct,
+    factored_add,
+    momentum,
+    normalized,
+    recursion,
+    select,
+    symmetric,
+)
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 before triton is imported"
@@ -40,6 +52,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "stored_adam_directions_": adam.stored_adam_directions_,
     "normalized_momenta_": momentum.normalized_momenta_,
     "adamw_": adamw.adamw_,
+    "all_dct_energies": dct.all_dct_energies,
+    "select_columns_": select.select_columns_,
+    "chosen_adam_directions_": chosen_adam.chosen_adam_directions_,
 }
 
 
@@ -106,8 +121,34 @@ def samples(name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
             (([t.to(half) for t in adamw_tensors[0]], adamw_tensors[1], *moments(), [1, 2]), adamw_numbers | options)
             for options in ({"lr": 0.1}, {"lr": torch.tensor(0.1), "seeds": [3, 1 << 40]})
         ],
+        "all_dct_energies": [
+            (([torch.randn(5, 48) for _ in range(2)], -1), {"out_dtype": half}),
+            (([torch.randn(48, 5) for _ in range(2)], -2), {"out_dtype": torch.float32, "ranking": "l1"}),
+        ],
+        "select_columns_": [
+            ((torch.rand(2, 20), [torch.arange(4, dtype=torch.int32) for _ in range(2)]), {}),
+            ((list(torch.rand(1, 20)), [torch.arange(4, dtype=torch.int32)]), {}),
+        ],
+        "chosen_adam_directions_": [
+            (
+                ([torch.randn(9, 20) for _ in range(2)], chosen_states(dim), places()),
+                {"dim": dim, "betas": (0.9, 0.99), "eps": 1e-8, "steps": [1, 7], "scale": 0.5, "dtype": dtype},
+            )
+            for dim, dtype in ((-1, torch.float32), (-2, half))
+        ],
     }
     return found[name]
+
+
+def chosen_states(dim: int) -> list[dict[str, Tensor]]:
+    shape = (9, 4) if dim == -1 else (4, 20)
+    index = torch.tensor([1, 3, 5, 7], dtype=torch.int32)
+    return [{"basis_index": index.clone(), "exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape)} for _ in "ab"]
+
+
+def places() -> Tensor:
+    """Where columns were: some stay, some are new."""
+    return torch.tensor([[0, -1, 2, 3], [-1, 1, -1, 2]], dtype=torch.int32)
 
 
 def moments() -> list[list[Tensor]]:
@@ -166,8 +207,9 @@ def test_torch_finds_nothing_wrong_with_an_operation(name: str, monkeypatch: pyt
 
     # some functions sort their arguments before they call the operation
     inner = name if name in ("symmetric", "normalized", "dct_energies") else f"_{name}"
-    recorded = Recorded(getattr(registered, inner))
-    monkeypatch.setattr(registered, inner, recorded)
+    room = registered if inner == name else sys.modules[getattr(registered, name).__module__]
+    recorded = Recorded(getattr(room, inner))
+    monkeypatch.setattr(room, inner, recorded)
     for args, kwargs in samples(name):
         getattr(registered, name)(*copied(args), **copied(kwargs))
     operation = getattr(torch.ops.lowrank_optim, name).default
@@ -320,6 +362,13 @@ def calls():
     yield "adamw_", lambda g: g.adamw_(
         [w, w], [w, w], [empty(64, 96, dtype=f)] * 2, [empty(64, 96, dtype=f)] * 2, [1, 2], lr=0.1,
         betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    i = torch.int32
+    index, energies, places = empty(8, dtype=i), empty(2, 64, dtype=f), empty(2, 8, dtype=i)
+    chosen = lambda: {"basis_index": index, "exp_avg": empty(8, 96, dtype=f), "exp_avg_sq": empty(8, 96, dtype=f)}
+    yield "all_dct_energies", lambda g: g.all_dct_energies([w, w], -2, out_dtype=half)
+    yield "select_columns_", lambda g: g.select_columns_(energies, [index, index])
+    yield "chosen_adam_directions_", lambda g: g.chosen_adam_directions_(
+        [w, w], [chosen(), chosen()], places, dim=-2, betas=(0.9, 0.99), eps=1e-8, steps=[1, 2], dtype=half)
 
 with FakeTensorMode():
     found["fake"] = {name: seen(call(registered)) for name, call in calls()}
@@ -341,11 +390,23 @@ def compiled(function, *shapes, dynamic=False):
         except Exception as error:
             if not graphs:
                 raise
+    # an operation that writes is the first argument of a node
+    called = [[str(node.target), *map(str, node.args[:1])] for node in graphs[0].graph.nodes]
+    ours = [next((name for name in names if "lowrank" in name), names[0]) for names in called]
     return [
-        [str(node.target), *node.kwargs.get("tensors_to_clone", [])]
-        for node in graphs[0].graph.nodes
-        if "triton" in str(node.target) or "lowrank" in str(node.target)
+        [name, *node.kwargs.get("tensors_to_clone", [])]
+        for name, node in zip(ours, graphs[0].graph.nodes, strict=True)
+        if "triton" in name or "lowrank" in name
     ]
+
+def dct_adam(*grads):
+    f, i = torch.float32, torch.int32
+    states = [
+        {"basis_index": empty(8, dtype=i), "exp_avg": empty(64, 8, dtype=f), "exp_avg_sq": empty(64, 8, dtype=f)}
+        for _ in grads
+    ]
+    numbers = {"betas": (0.9, 0.99), "eps": 1e-8, "steps": [1, 2], "scale": 1.0, "dtype": half}
+    return passes.dct_adam_directions_(list(grads), states, dim=-1, ranking="l2", **numbers)
 
 functions = {
     "symmetric": (lambda x: ops.symmetric(x, x), (3, 64, 96)),
@@ -357,6 +418,7 @@ functions = {
         lambda w, p, q: ops.apply_(w, ops.Factored(p, q), lr=0.1, weight_decay=0.1, seed=3), (64, 96), (64, 8), (8, 96)
     ),
     "dct_energies": (lambda w: passes.dct_energies(w, -1, "l2"), (64, 96)),
+    "dct_adam": (dct_adam, (64, 96), (64, 96)),
 }
 found["graphs"] = {name: compiled(*arguments) for name, arguments in functions.items()}
 names = ("symmetric", "normalized", "apply_", "dct_energies")
@@ -386,6 +448,9 @@ def test_fake_tensors_of_a_gpu(alone: dict[str, Any]) -> None:
         "apply_": [],
         "apply_sum_": [],
         "adamw_": [],
+        "all_dct_energies": [[[2, 64, 96], half, on, [6144, 1, 64]], [[2, 64], "torch.float32", on, [64, 1]]],
+        "select_columns_": [[[2, 8], "torch.int32", on, [8, 1]]],
+        "chosen_adam_directions_": [[[8, 96], half, on, [96, 1]]] * 2,
     }
 
 
@@ -399,6 +464,11 @@ def test_a_compiler_sees_the_launches_and_what_each_writes(alone: dict[str, Any]
         "transposed": [[FUNCTIONAL, "param_ptr"]],
         "apply_sum_": [[FUNCTIONAL, "param_ptr"]],
         "dct_energies": [["lowrank_optim.dct_energies.default"]],
+        "dct_adam": [
+            ["lowrank_optim.all_dct_energies.default"],
+            ["lowrank_optim.select_columns_.default"],
+            ["lowrank_optim.chosen_adam_directions_.default"],
+        ],
     }
     assert alone["dynamic"] == {
         "symmetric": [[FUNCTIONAL, "out_ptr"]],

@@ -93,6 +93,8 @@ def opaque(name: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
     grads, numbers = [randn(64, 96) for _ in range(2)], {"state_dtype": "float32", "seeds": [3, 4], "dtype": HALF}
     r = randn(3, 48, 48) / 48
     moments = [{key: torch.zeros_like(g) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")} for g in grads]
+    index = torch.arange(8, dtype=torch.int32, device="cuda")
+    chosen = [{"basis_index": index} | {key: randn(64, 8).abs() for key in ("exp_avg", "exp_avg_sq")} for _ in "ab"]
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "dct_energies": ((randn(64, 96, dtype=HALF), -2), {"out_dtype": HALF}),
         "gram_recursion": ((r @ r.mT, [(3.4, -4.7, 2.0), (2.0, -1.5, 0.5)]), {}),
@@ -104,19 +106,29 @@ def opaque(name: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
             (grads, moments),
             numbers | {"momentum": 0.9, "nesterov": True, "form": "ema", "eps": 0.0},
         ),
+        "all_dct_energies": (([randn(64, 96, dtype=HALF) for _ in range(2)], -2), {"out_dtype": HALF}),
+        "select_columns_": ((torch.rand(2, 96, device="cuda"), [index.clone(), index.clone()]), {}),
+        "chosen_adam_directions_": (
+            ([randn(64, 96, dtype=HALF) for _ in range(2)], chosen, torch.stack([index - 1, index - 1])),
+            {"dim": -1, "betas": (0.9, 0.99), "eps": 1e-8, "steps": [1, 2], "dtype": HALF},
+        ),
     }
     return (getattr(registered, name), *arguments[name])
 
 
-@pytest.mark.parametrize("name", ["dct_energies", "gram_recursion", "stored_adam_directions_", "normalized_momenta_"])
+OPAQUE = ("dct_energies", "gram_recursion", "stored_adam_directions_", "normalized_momenta_")
+
+
+@pytest.mark.parametrize("name", [*OPAQUE, "all_dct_energies", "select_columns_", "chosen_adam_directions_"])
 def test_what_stays_opaque_compiles_too(name: str) -> None:
     function, args, kwargs = opaque(name)
-    states = args[1] if isinstance(args[1], list) and isinstance(args[1][0], dict) else []
-    kept = [moment for state in states for moment in state.values()]
+    written = args[1] if isinstance(args[1], list) else []
+    kept = [x for one in written for x in (one.values() if isinstance(one, dict) else [one]) if isinstance(x, Tensor)]
+    before = [x.clone() for x in kept]
     found = torch.compile(function, fullgraph=True)(*args, **kwargs)
-    after = [moment.clone() for moment in kept]
-    for moment in kept:
-        moment.zero_()
+    after = [x.clone() for x in kept]
+    for x, old in zip(kept, before, strict=True):
+        x.copy_(old)
     expected = function(*args, **kwargs)
     pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
     assert all(torch.equal(x, y) for x, y in [*pairs, *zip(after, kept, strict=True)])
