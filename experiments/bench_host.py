@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.machine import command, machine
-from lowrank_optim import DCTAdamW, GaLoreAdamW, Muon, _state
-from lowrank_optim.optimizer import RuleOptimizer
+from lowrank_optim import DCTAdamW, GaLoreAdamW, Muon
 
 Figures = dict[str, Any]
 
@@ -37,12 +36,9 @@ Figures = dict[str, Any]
 _SHAPES = [(64, 64)] * 4 + [(172, 64)] * 2 + [(64, 172)]
 _LAYERS, _SHRINK = 32, 64
 # of an H200
-_H200 = {
-    "multi_processor_count": 132,
-    "major": 9,
-    "minor": 0,
-    "total_memory": 150 << 30,
-}
+_H200 = {"multi_processor_count": 132, "major": 9, "minor": 0}
+# how often `chunk_bytes`, by its memory
+_CHUNKS = 17
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "GaLoreAdamW r=256": lambda p: GaLoreAdamW(p, rank=256 // _SHRINK, basis="subspace", update_proj_gap=1 << 20),
     "GaLoreAdamW r=1024": lambda p: GaLoreAdamW(p, rank=1024 // _SHRINK, basis="subspace", update_proj_gap=1 << 20),
@@ -130,9 +126,9 @@ def pretend() -> None:
     tensor.is_cuda = property(lambda _: True)
     tensor.__matmul__ = product
     tensor.addmm_ = lambda self, *_, **__: self
-    # a step asks by the type of a device, which stays a CPU's
-    _state.chunks_at_once = lambda _: h200.total_memory >> 33
-    RuleOptimizer.chunk_bytes //= _SHRINK**2
+    for kind in (GaLoreAdamW, DCTAdamW, Muon):
+        # what a step takes at once on such a device; the type of this one stays a CPU's
+        kind.chunk_bytes = kind.chunk_bytes * _CHUNKS // _SHRINK**2
 
 
 def host_us(name: str, rounds: int, layers: int = _LAYERS) -> Figures:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lowrank_optim._half import multiplies
+from lowrank_optim._warn import warn_once
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -29,7 +30,8 @@ def backend(name: Backend) -> Iterator[None]:
 
     Args:
         name: "auto" takes a kernel where one was measured to be faster, which is on a CUDA device of capability 8.0 or
-            more, and torch elsewhere; "torch" and "triton" take that one, or raise where it cannot run.
+            more, and torch elsewhere, with a warning where Triton is installed and no kernel compiles (it needs a C
+            compiler); "torch" and "triton" take that one, or raise where it cannot run.
 
     Raises:
         ValueError: for another name.
@@ -51,8 +53,7 @@ def takes_triton(x: Tensor, *, faster: bool = False) -> bool:
     # a fake tensor stands for a plain one
     plain, chosen = type(x) is Tensor or isinstance(x, FakeTensor), _chosen()
     if chosen != "triton":
-        ready = faster and chosen == "auto" and plain and x.is_cuda and _once_had_triton()
-        return ready and _device(x.device)[1] >= 80
+        return faster and chosen == "auto" and plain and x.is_cuda and _ready(x.device)
     if plain and (x.is_cuda or _interprets()):
         return True
     raise RuntimeError(
@@ -99,8 +100,25 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# looking for a package takes longer than a small kernel
-_once_had_triton = functools.cache(_has_triton)
+@functools.cache
+@_constant
+def _ready(device: torch.device) -> bool:
+    """Return whether kernels run on a CUDA device, which is tried once; a warning says why they do not."""
+    if not _has_triton() or _device(device)[1] < 80:
+        return False
+    # where a tensor only stands for one there is nothing to try
+    if torch.cuda.is_available() and not is_in_torch_dispatch_mode():
+        try:
+            smallest = importlib.import_module("lowrank_optim.kernels.cast")
+            smallest.cast(torch.zeros(16, dtype=torch.bfloat16, device=device), torch.float16)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            warn_once(
+                f"plain torch computes on {device}, several times slower, because no Triton kernel compiles or runs "
+                f"there ({why}); backend('torch') chooses that without a warning (said once)"
+            )
+            return False
+    return True
 
 
 def fills(x: Tensor, *, more: bool = False) -> bool:

@@ -1,5 +1,6 @@
 """Adam's kernel with moments in float32, interpreted, against its plain twin; and who chooses a kernel at all."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,52 @@ def test_triton_is_had_or_refused_and_auto_on_a_cpu_never_touches_it() -> None:
 
 def test_what_ships_is_what_is_imported() -> None:
     assert Path(adam.__file__).resolve() == ROOT / "kernels" / "adam.py"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing but what is asked before the first kernel."""
+    from lowrank_optim import _backend
+    from lowrank_optim._warn import warn_once
+
+    def forget() -> None:
+        _backend._ready.cache_clear()
+        warn_once.cache_clear()
+
+    forget()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backend, "_device", lambda _: (132, 90))
+    # tensors on it are not there
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: real(*shape, **how))
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_no_kernel_compiles_torch_computes_and_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowrank_optim import _backend
+    from lowrank_optim.kernels import cast
+
+    tried = []
+
+    def fails(*_: Any) -> None:
+        tried.append(1)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(cast, "cast", fails)
+    first, second = (torch.device("cuda", i) for i in range(2))
+    with pytest.warns(RuntimeWarning, match=r"plain torch .* cuda:0, .*\(RuntimeError: Failed to find C compiler.\)"):
+        assert not _backend._ready(first)
+    assert not _backend._ready(first)
+    assert tried == [1]
+    with pytest.warns(RuntimeWarning, match="cuda:1"):
+        assert not _backend._ready(second)
+
+
+@interpreted
+@pytest.mark.usefixtures("gpu")
+def test_where_one_runs_kernels_do() -> None:
+    from lowrank_optim import _backend
+
+    assert _backend._ready(torch.device("cuda", 0))

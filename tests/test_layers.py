@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_types": set(),
     "_warn": set(),
     "_half": set(),
-    "_backend": {"_half"},
+    "_backend": {"_half", "_warn"},
     "_checks": set(),
     "reference": set(),
     "reference_matrix": set(),
