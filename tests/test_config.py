@@ -149,7 +149,7 @@ def test_another_text_is_told_by_its_checksum(text: Path, tmp_path: Path, capsys
 
 def test_a_mistake_makes_no_directory_and_no_traceback(tmp_path: Path) -> None:
     process = tiny_run.spawn(tiny_run.arguments(tmp_path / "nowhere.txt", tmp_path / "r"))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert out == ""
     assert len(err.splitlines()) == 1

@@ -81,7 +81,7 @@ def test_a_kill_of_the_command_itself(text: Path, finished: Path, tmp_path: Path
     while process.poll() is None and not any((run_dir / "checkpoints").glob("step-*.pt")):
         time.sleep(0.001)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert main(tiny_run.arguments(text, run_dir)) == 0
     assert tiny_run.rows(run_dir) == tiny_run.rows(finished)
 
@@ -95,7 +95,7 @@ def test_a_polite_signal_saves_and_exits_with_0(number: signal.Signals, text: Pa
     while process.poll() is None and size(stopped / "metrics.jsonl") < 2000:
         time.sleep(0.001)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert f"{number.name}: saved after step" in said
     saved = list((stopped / "checkpoints").iterdir())

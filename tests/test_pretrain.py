@@ -234,7 +234,7 @@ def test_without_matplotlib_a_run_ends_well_and_says_how_to_draw(
 
 def test_curves_of_no_run_are_one_line(tmp_path: Path) -> None:
     process = tiny_run.spawn([str(tmp_path / "nowhere")], module=("-m", "experiments.curves"))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "nowhere" in err

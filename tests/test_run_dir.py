@@ -23,7 +23,7 @@ def test_one_process_at_a_time(text: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"error: {directory} is in use by a run that has not ended\n"
     # the lock goes with the process, however it ends
     first.kill()
-    first.communicate(timeout=30)
+    first.communicate(timeout=120)
     assert main(tiny_run.arguments(text, directory, "--train.steps=2")) == 0
 
 

@@ -127,7 +127,7 @@ def test_a_resumed_run_continues_the_same_curves(text: Path, tracked: Path, tmp_
     while process.poll() is None and not any((run_dir / "checkpoints").glob("step-*.pt")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert main(tiny_run.arguments(text, run_dir, *options)) == 0
     first, second = read_runs(run_dir)
@@ -285,7 +285,7 @@ def test_without_wandb_installed_training_goes_on(
 def test_wandb_is_imported_only_when_used() -> None:
     code = "import sys, experiments.pretrain; sys.exit('wandb' in sys.modules or 'matplotlib' in sys.modules)"
     process = tiny_run.spawn([], module=("-c", code))
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 0
 
 
