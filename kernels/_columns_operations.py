@@ -83,7 +83,7 @@ def _chosen_adam_directions_(
 
 
 def chosen_adam_directions_(
-    coefficients: Sequence[Tensor],
+    coefficients: Sequence[Tensor] | Tensor,
     states: Sequence[Mapping[str, Tensor]],
     places: Tensor,
     *,
@@ -95,7 +95,8 @@ def chosen_adam_directions_(
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Do as `chosen_adam.chosen_adam_directions_`."""
+    rows = coefficients.unbind() if isinstance(coefficients, Tensor) else coefficients
     kept = ([state[name] for state in states] for name in ("basis_index", "exp_avg", "exp_avg_sq"))
     numbers: dict[str, Any] = {"betas": list(betas), "eps": eps, "steps": list(steps), "scale": scale}
-    made: Tensor = _chosen_adam_directions_(list(coefficients), *kept, places, dim=dim, **numbers, dtype=dtype)
+    made: Tensor = _chosen_adam_directions_(list(rows), *kept, places, dim=dim, **numbers, dtype=dtype)
     return list(made.unbind())

@@ -124,7 +124,7 @@ def chosen_adam_kernel(
 
 
 def chosen_adam_directions_(
-    coefficients: Sequence[Tensor],
+    coefficients: Sequence[Tensor] | Tensor,
     states: Sequence[Mapping[str, Tensor]],
     places: Tensor,
     *,
@@ -139,8 +139,8 @@ def chosen_adam_directions_(
     """Do as `reference_columns.chosen_adam_directions_`, for all matrices in one launch.
 
     Args:
-        coefficients: of one shape and dtype, float32, bfloat16 or float16. Copied if they differ in strides, or are
-            contiguous along neither dimension, or with dim -1 not along the last one.
+        coefficients: of one shape and dtype, float32, bfloat16 or float16; or all of them, (k, m, n). Copied if they
+            differ in strides, or are contiguous along neither dimension, or with dim -1 not along the last one.
         states: of each, "basis_index", int32, and "exp_avg" and "exp_avg_sq", float32, all contiguous; both moments are
             updated in place.
         places: (k, r) of int32, contiguous. Along it what is not -1 increases, and is below r.
@@ -209,16 +209,19 @@ def chosen_adam_directions_(
     return list(directions.unbind())
 
 
-def _readable(coefficients: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+def _readable(coefficients: Sequence[Tensor] | Tensor, dim: int) -> Sequence[Tensor] | Tensor:
     """Return coefficients of the same strides that are contiguous along one dimension, these or copies."""
     strides = coefficients[0].stride()
-    if (strides[-1] == 1 or (dim == -2 and strides[0] == 1)) and all(x.stride() == strides for x in coefficients):
+    contiguous = strides[-1] == 1 or (dim == -2 and strides[0] == 1)
+    if isinstance(coefficients, Tensor):
+        return coefficients if contiguous else coefficients.contiguous()
+    if contiguous and all(x.stride() == strides for x in coefficients):
         return coefficients
     return [x.contiguous() for x in coefficients]
 
 
 def _check(
-    coefficients: Sequence[Tensor],
+    coefficients: Sequence[Tensor] | Tensor,
     states: Sequence[Mapping[str, Tensor]],
     places: Tensor,
     dim: int,
@@ -232,7 +235,8 @@ def _check(
         )
     like = coefficients[0]
     shape, device, r = like.shape, like.device, states[0]["basis_index"].numel()
-    for x in coefficients:
+    # parts of one tensor are alike
+    for x in [like] if isinstance(coefficients, Tensor) else coefficients:
         if x.dim() != 2 or x.shape != shape or x.dtype != like.dtype or x.dtype not in DTYPES or x.device != device:
             raise ValueError(
                 "the Triton Adam of chosen columns needs matrices of one shape and of float32, bfloat16 or float16, "

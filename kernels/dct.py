@@ -12,7 +12,7 @@ from ._dct_tables import tables
 from ._launch import DctSplit, dct_rows, dct_split
 from ._rounding import DTYPES as DTYPES
 from ._rounding import nearest
-from .moments import device_table
+from .moments import device_table, pointers
 
 # side of the tiles that are transposed
 _TILE = 64
@@ -148,8 +148,12 @@ def dct_kernel(
 
 
 @triton.jit
-def transpose_kernel(x_ptr, out_ptr, m, n, stride, TILE: tl.constexpr):
-    """Copy a tile of rows of m×n to columns of the n×m output."""
+def transpose_kernel(x_ptr, out_ptr, table_ptr, m, n, stride, TILE: tl.constexpr, TABLE: tl.constexpr):
+    """Copy a tile of rows of m×n to columns of the n×m output; with TABLE of the matrix that is there."""
+    if TABLE:
+        matrix = tl.program_id(1).to(tl.int64)
+        x_ptr = tl.load(table_ptr + matrix).to(x_ptr.dtype)
+        out_ptr += matrix * m * n
     across = tl.cdiv(n, TILE)
     i = (tl.program_id(0) // across).to(tl.int64) * TILE + tl.arange(0, TILE)
     j = (tl.program_id(0) % across).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -228,11 +232,11 @@ def all_dct_energies(
         first, turns, second, scale = tables(split, x.dtype, x.device)
         # a kernel goes to the current device, which need not be the tensor's
         with torch.cuda.device(x.get_device()):
-            xs = _alike([_rows(x if dim == -1 else x.mT) for x in xs])
+            read = _readable(xs if dim == -1 else [x.mT for x in xs])
             # one matrix is where it is
-            table = device_table([(x.data_ptr(),) for x in xs], "q", x.device) if len(xs) > 1 else first
+            table = device_table(zip(*pointers(read)[0], strict=True), "q", x.device) if len(xs) > 1 else first
             dct_kernel[(count, len(xs))](
-                xs[0],
+                read[0],
                 out,
                 partial,
                 first,
@@ -241,7 +245,7 @@ def all_dct_energies(
                 table,
                 m,
                 rows,
-                xs[0].stride(0),
+                read[0].stride(0),
                 scale,
                 N1=split.second,
                 N2=split.first,
@@ -258,18 +262,21 @@ def all_dct_energies(
     return out if dim == -1 else out.mT, partial.sum(1)
 
 
-def _alike(xs: list[Tensor]) -> list[Tensor]:
-    """Return matrices whose rows are as far apart in all of them."""
-    return xs if len({x.stride(0) for x in xs}) == 1 else [x.contiguous() for x in xs]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return a matrix whose rows are contiguous and can be read in vectors, itself or a copy."""
-    if x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.stride(0) != 1:
-        return out.copy_(x)
+def _readable(xs: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
+    """Return matrices whose rows can be read in vectors and are as far apart in all of them, these or copies."""
+    x = xs[0]
+    strides = x.stride()
+    alike = all(other.stride() == strides for other in xs)
+    if alike and strides[1] == 1 and strides[0] % 16 == 0 and not any(other.data_ptr() % 16 for other in xs):
+        return xs
+    out = torch.empty((len(xs), *x.shape), dtype=x.dtype, device=x.device)
+    if not alike or strides[0] != 1:
+        for part, other in zip(out.unbind(), xs, strict=True):
+            part.copy_(other)
+        return out
     n, m = x.shape
-    transpose_kernel[(triton.cdiv(m, _TILE) * triton.cdiv(n, _TILE),)](x, out, m, n, x.stride(1), TILE=_TILE)
+    many = len(xs) > 1
+    table = device_table(((other.data_ptr(),) for other in xs), "q", x.device) if many else x
+    tiles = triton.cdiv(m, _TILE) * triton.cdiv(n, _TILE)
+    transpose_kernel[(tiles, len(xs))](x, out, table, m, n, strides[1], TILE=_TILE, TABLE=many)
     return out

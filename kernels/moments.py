@@ -194,10 +194,15 @@ def gradients(grads: Sequence[Tensor], *lengths: int) -> list[Tensor]:
     return [grad.contiguous() for grad in grads]
 
 
-def pointers(*columns: Sequence[Tensor]) -> tuple[list[list[int]], bool]:
-    """Return where tensors are, and whether all of them can be read 16 bytes at a time."""
-    found = [[x.data_ptr() for x in column] for column in columns]
+def pointers(*columns: Sequence[Tensor] | Tensor) -> tuple[list[list[int]], bool]:
+    """Return where tensors are, or the parts of one, and whether all of them can be read 16 bytes at a time."""
+    found = [_parts_at(column) if isinstance(column, Tensor) else [x.data_ptr() for x in column] for column in columns]
     return found, not any(pointer % 16 for column in found for pointer in column)
+
+
+def _parts_at(x: Tensor) -> list[int]:
+    start, step = x.data_ptr(), x.stride(0) * x.itemsize
+    return [start + i * step for i in range(len(x))]
 
 
 def device_table(rows: Iterable[tuple[int | float, ...]], layout: str, device: torch.device) -> Tensor:

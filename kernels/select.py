@@ -115,23 +115,22 @@ def select_columns_(
     Raises:
         ValueError: for tensors that the kernel would misread, and more columns than a program can hold.
     """
-    rows = list(energies)
-    _check(rows, indices)
-    n, r = rows[0].numel(), indices[0].numel()
-    place, new = torch.empty((2, len(rows), r), dtype=torch.int32, device=rows[0].device).unbind()
+    count = len(indices)
+    n, r = _check(energies, indices)
+    place, new = torch.empty((2, count, r), dtype=torch.int32, device=indices[0].device).unbind()
     if r == 0:
         return place
     table, whole = None, True
-    if len(rows) > 1:
-        first, whole = pointers(rows)
+    if count > 1:
+        first, whole = pointers(energies)
         second, _ = pointers(indices)
         table = device_table(zip(*first, *second, strict=True), _LAYOUT, place.device)
     block = max(128, triton.next_power_of_2(n))
     warps = warps or select_warps(block)
     # a kernel goes to the current device, which need not be the tensor's
     with torch.cuda.device(place.get_device()):
-        select_kernel[(len(rows),)](
-            rows[0],
+        select_kernel[(count,)](
+            energies[0],
             indices[0],
             place,
             new,
@@ -149,19 +148,23 @@ def select_columns_(
     return place
 
 
-def _check(energies: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
-    if not energies or len(energies) != len(indices):
+def _check(energies: Sequence[Tensor] | Tensor, indices: Sequence[Tensor]) -> tuple[int, int]:
+    """Return how many columns there are, and how many are selected."""
+    if len(energies) == 0 or len(energies) != len(indices):
         raise ValueError(
             f"the Triton selection needs as many energies as indices, and some, not {len(energies)} and {len(indices)}"
         )
-    device, shape, kept = energies[0].device, energies[0].shape, indices[0].shape
+    like = energies[0]
+    device, shape, kept = like.device, like.shape, indices[0].shape
+    # rows of one tensor are alike
+    rows = [like] if isinstance(energies, Tensor) else energies
     if len(shape) != 1 or len(kept) != 1 or not kept[0] <= shape[0] <= SELECTABLE:
         raise ValueError(
             f"the Triton selection needs energies (n,) and indices (r,), r ≤ n ≤ {SELECTABLE}, "
             f"not {tuple(shape)} and {tuple(kept)}"
         )
     for name, column, size, dtype in (
-        ("energies", energies, shape, torch.float32),
+        ("energies", rows, shape, torch.float32),
         ("indices", indices, kept, torch.int32),
     ):
         for x in column:
@@ -170,3 +173,4 @@ def _check(energies: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
                     f"the Triton selection needs contiguous {name} of shape {tuple(size)}, {dtype} and on {device}, "
                     f"not {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}"
                 )
+    return shape[0], kept[0]

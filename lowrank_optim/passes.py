@@ -95,7 +95,7 @@ def dct_adam_directions_(
     places = called(select.select_columns_, like)(energies, [state["basis_index"] for state in states])
     numbers["dtype"] = numbers["dtype"] or torch.float32
     advance = called(chosen_adam.chosen_adam_directions_, like)
-    return advance(values.unbind(), states, places, dim=dim, **numbers)
+    return advance(values, states, places, dim=dim, **numbers)
 
 
 def _coefficients(x: Tensor) -> torch.dtype:

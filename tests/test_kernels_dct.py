@@ -227,8 +227,11 @@ JOBS["bf16 4096 sm_90a"] = job("sm_90a", "bf16", "bf16", 64, 64, 4, 3)
 JOBS["bf16 many sm_90a"] = job("sm_90a", "bf16", "bf16", 64, 64, 4, 3, table=True)
 JOBS["bf16 to-fp32 sm_90a"] = job("sm_90a", "bf16", "fp32", 64, 64, 4, 3, squares=False)
 for dtype in ("bf16", "fp32"):
-    types = {"x_ptr": "*" + dtype, "out_ptr": "*" + dtype, "m": "i32", "n": "i32", "stride": "i32"}
-    JOBS[f"{dtype} transpose all"] = Job("dct", "transpose_kernel", types, {"TILE": kernel._TILE})
+    types = {"x_ptr": "*" + dtype, "out_ptr": "*" + dtype, "table_ptr": "*i64"}
+    types |= {"m": "i32", "n": "i32", "stride": "i32"}
+    for kind, many in (("transpose", False), ("transposes", True)):
+        constants = {"TILE": kernel._TILE, "TABLE": many}
+        JOBS[f"{dtype} {kind} all"] = Job("dct", "transpose_kernel", types, constants)
 
 
 @pytest.fixture(scope="module")
