@@ -10,10 +10,12 @@ Sides and ranks are a 64th of LLaMA-7B's, and `chunk_bytes` a 4096th, so as many
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.machine import command, machine
-from lowrank_optim import DCTAdamW, GaLoreAdamW, Muon
+from lowrank_optim import DCTAdamW, GaLoreAdamW
 
 Figures = dict[str, Any]
 
@@ -36,15 +38,12 @@ Figures = dict[str, Any]
 _SHAPES = [(64, 64)] * 4 + [(172, 64)] * 2 + [(64, 172)]
 _LAYERS, _SHRINK = 32, 64
 # of an H200
-_H200 = {"multi_processor_count": 132, "major": 9, "minor": 0}
-# how often `chunk_bytes`, by its memory
-_CHUNKS = 17
+_H200 = {"multi_processor_count": 132, "major": 9, "minor": 0, "total_memory": 150_110_011_392}
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "GaLoreAdamW r=256": lambda p: GaLoreAdamW(p, rank=256 // _SHRINK, basis="subspace", update_proj_gap=1 << 20),
     "GaLoreAdamW r=1024": lambda p: GaLoreAdamW(p, rank=1024 // _SHRINK, basis="subspace", update_proj_gap=1 << 20),
     "DCTAdamW r=256": lambda p: DCTAdamW(p, rank=256 // _SHRINK),
     "DCTAdamW r=1024": lambda p: DCTAdamW(p, rank=1024 // _SHRINK),
-    "Muon": lambda p: Muon(p),
 }
 
 # what Triton's driver calls, and how: all succeed, and what is asked for is there
@@ -96,6 +95,7 @@ def pretend() -> None:
     from triton.backends.nvidia import driver
 
     folder = Path(tempfile.mkdtemp(prefix="no_gpu_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "driver.c").write_text(_DRIVER)
     library = folder / "libcuda.so.1"
     headers = Path(driver.__file__).parent / "include"
@@ -126,9 +126,8 @@ def pretend() -> None:
     tensor.is_cuda = property(lambda _: True)
     tensor.__matmul__ = product
     tensor.addmm_ = lambda self, *_, **__: self
-    for kind in (GaLoreAdamW, DCTAdamW, Muon):
-        # what a step takes at once on such a device; the type of this one stays a CPU's
-        kind.chunk_bytes = kind.chunk_bytes * _CHUNKS // _SHRINK**2
+    for kind in (GaLoreAdamW, DCTAdamW):
+        kind.chunk_bytes //= _SHRINK**2
 
 
 def host_us(name: str, rounds: int, layers: int = _LAYERS) -> Figures:

@@ -209,6 +209,8 @@ def all_dct_energies(
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do as `dct_energies` for matrices of one shape, dtype and device, in one launch, and return both stacked."""
+    if not xs:
+        raise ValueError("the Triton DCT needs some matrices")
     x = xs[0]
     alike = all(other.shape == x.shape and other.dtype == x.dtype and other.device == x.device for other in xs)
     if x.dim() != 2 or not alike or {x.dtype, out_dtype} - set(DTYPES) or dim not in (-1, -2):

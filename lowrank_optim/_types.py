@@ -14,8 +14,7 @@ Side = Literal["left", "right", "both"]
 Moments = Sequence[Tensor] | Tensor
 _WORD = (1 << 64) - 1
 # state that the host reads at each step, and that is on the CPU therefore
-HOST = frozenset({"step", "piece_step", "basis_seed", "basis_due"})
-HOST |= {"window_step", "window_refused", "window_careful"}
+HOST = frozenset(["step", "piece_step", "basis_seed", "basis_due", "window_step", "window_refused", "window_careful"])
 
 
 class Factored(NamedTuple):
@@ -130,7 +129,8 @@ class Basis(Protocol):
     """An r-dimensional subspace that an m×n matrix is looked at from.
 
     What sets a basis takes a seed, for those that draw it at random, and returns the coordinates of the gradient where
-    they have come about by the way.
+    they have come about by the way. `project_all` and `lift_all`, where a basis has them, do for lists what `project`
+    and `lift` do for one matrix.
     """
 
     # whether a refresh needs a gradient that is finite and not zero, and so one look by the host

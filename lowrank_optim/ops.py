@@ -101,11 +101,10 @@ def products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
 
 def casts(xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return tensors of one shape in `dtype`, in memory of their own, by one call."""
-    whole = torch.empty((len(xs), *xs[0].shape), dtype=dtype, device=xs[0].device)
     if xs[0].numel() * dtype.itemsize % 16:
         # products read whole vectors
         return [x.to(dtype) for x in xs]
-    made = list(whole.unbind())
+    made = list(torch.empty((len(xs), *xs[0].shape), dtype=dtype, device=xs[0].device).unbind())
     torch._foreach_copy_(made, xs)
     return made
 
@@ -213,7 +212,7 @@ def _apply_sum_(
     numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "seed": seed}
     halves = None if product is None or not multiplies(param) else [x.to(param.dtype) for x in product]
     if halves is not None and scaled is None and seed is None and not isinstance(lr, Tensor):
-        _add_product_(param, halves[0], halves[1], lr, weight_decay)
+        add_product_(param, Factored(*halves), lr=lr, weight_decay=weight_decay)
     elif takes_triton(param, faster=multiplies(param)):
         from lowrank_optim.kernels import factored_add as kernel
 
@@ -223,27 +222,16 @@ def _apply_sum_(
         reference_apply.apply_sum_(param, None if product is None else _widened(product), scaled, **numbers)
 
 
-def add_products_(
-    params: Sequence[Tensor], updates: Iterable[Update | None], *, lr: float | Tensor, weight_decay: float
-) -> bool:
-    """Do as `apply_` for parameters alike, where all updates are factored and one call adds each.
-
-    Returns:
-        Whether that was so; otherwise nothing has been done, nor has an iterator been advanced.
-    """
-    like = params[0].detach()
-    if isinstance(lr, Tensor) or like.dim() != 2 or not multiplies(like) or not isinstance(updates, list):
+def adds_products(param: Tensor, updates: Iterable[Update | None], lr: float | Tensor) -> bool:
+    """Return whether `add_product_` does for all of these updates of matrices like `param`."""
+    if isinstance(lr, Tensor) or param.dim() != 2 or not multiplies(param.detach()) or not isinstance(updates, list):
         return False
-    if not all(isinstance(update, Factored) for update in updates):
-        return False
-    dtype = like.dtype
-    for p, (left, right) in zip(params, updates, strict=True):
-        _add_product_(p, left.to(dtype), right.to(dtype), lr, weight_decay)
-    return True
+    return all(isinstance(update, Factored) for update in updates)
 
 
-def _add_product_(param: Tensor, left: Tensor, right: Tensor, lr: float, weight_decay: float) -> None:
-    # decays, multiplies in float32, and rounds once
+def add_product_(param: Tensor, update: Any, *, lr: float, weight_decay: float) -> None:
+    """Do as `apply_` of a factored update in one call: it decays, multiplies in float32, and rounds once."""
+    left, right = (factor.to(param.dtype) for factor in update)
     param.addmm_(left, right, beta=1 - lr * weight_decay, alpha=-lr)
 
 

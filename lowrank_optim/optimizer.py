@@ -30,9 +30,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         chunk_bytes: the transient memory of a step. Parameters of one shape are stepped together up to this many
-            bytes of temporaries (four times as many on a GPU, or one byte in 128 of a large one's memory); a parameter
-            that needs more is stepped alone. A decomposition of a matrix needs about three more copies of that matrix
-            while it runs.
+            bytes of temporaries (four times as many on a GPU, or once for each 8 GiB of its memory, if that is more);
+            a parameter that needs more is stepped alone. A decomposition of a matrix needs about three more copies of
+            that matrix while it runs.
     """
 
     chunk_bytes: ClassVar[int] = 64 << 20
@@ -177,20 +177,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         cautious = group.get("cautious", False)
         plain = not cautious and not probes.listening()
         write_ = getattr(rule, "write_", None) if plain else None
-        written = write_ is not None and write_(params, grads, states, ticks, **numbers, apart=apart)
-        if not written:
-            updates = rule.updates(grads, states, ticks)
-            written = plain and apart is None and ops.add_products_(params, updates, **numbers)
-        if written:
+        if write_ is not None and write_(params, grads, states, ticks, **numbers, apart=apart):
             for (p, state), tick in zip(kept, ticks, strict=True):
                 self._clocks.count_(p, state, tick.step)
             return
+        updates = rule.updates(grads, states, ticks)
+        alike = plain and apart is None and ops.adds_products(params[0], updates, numbers["lr"])
         for i, ((p, state), tick, update) in enumerate(zip(kept, ticks, updates, strict=True)):
-            if update is not None:
+            if alike:
+                ops.add_product_(p, update, **numbers)
+            elif update is None:
+                continue
+            else:
                 probes.updated(i, update)
                 seed = None if apart is None else tick.seed + apart
                 ops.apply_(p, update, **numbers, seed=seed, cautious=cautious)
-                self._clocks.count_(p, state, tick.step)
+            self._clocks.count_(p, state, tick.step)
 
     def _chunks(self, group: Group) -> Iterator[tuple[Rule, list[Tensor]]]:
         """Yield same-shape parameters that have gradients, as many as fit `chunk_bytes`, with their rule."""

@@ -95,8 +95,13 @@ class Orthonormal:
         """Return the coordinates of matrices of one shape."""
         if self.side == "right":
             return ops.products(grads, [state["basis"].mT for state in states])
-        coords = ops.products([state["basis"].mT for state in states], grads)
-        return ops.products(coords, [state["basis_right"].mT for state in states]) if self.side == "both" else coords
+        if self.side == "left":
+            return ops.products([state["basis"].mT for state in states], grads)
+        # one after the other: what is between the two products is larger than what comes of it
+        return [
+            ops.product(ops.product(state["basis"].mT, grad), state["basis_right"].mT)
+            for state, grad in zip(states, grads, strict=True)
+        ]
 
     def lift(self, state: State, coords: Tensor) -> Factored:
         """Return the factors."""

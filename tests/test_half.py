@@ -156,3 +156,26 @@ def test_columns_are_selected_and_moments_go_along_in_one_kernel(
     assert chosen == columns_of
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+@pytest.mark.usefixtures("halves")
+def test_a_step_that_fails_in_the_middle_has_counted_what_it_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.randn(16, 8).bfloat16()) for _ in range(4)]
+    opt = GaLoreAdamW(params, lr=0.1, rank=4, basis="random")
+    real, done = Tensor.addmm_, []
+
+    def third_fails(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        done.append(1)
+        if len(done) == 3:
+            raise torch.OutOfMemoryError
+        return real(self, *args, **kwargs)
+
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    monkeypatch.setattr(Tensor, "addmm_", third_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    written = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+    assert written == [True, True, False, False]
+    assert [int(opt.state[p]["step"]) for p in params] == written
