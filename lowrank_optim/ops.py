@@ -231,8 +231,9 @@ def adds_products(param: Tensor, updates: Iterable[Update | None], lr: float | T
 
 def add_product_(param: Tensor, update: Any, *, lr: float, weight_decay: float) -> None:
     """Do as `apply_` of a factored update in one call: it decays, multiplies in float32, and rounds once."""
-    left, right = (factor.to(param.dtype) for factor in update)
-    param.addmm_(left, right, beta=1 - lr * weight_decay, alpha=-lr)
+    left, right = update
+    dtype = param.dtype
+    param.addmm_(left.to(dtype), right.to(dtype), beta=1 - lr * weight_decay, alpha=-lr)
 
 
 def _widened(product: Factored) -> Factored:
