@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.small_model import PATHS, WAYS, Way, backward, mlp, same, snapshot, train
+from tests.small_model import NAMED, PATHS, WAYS, Way, backward, mlp, same, snapshot, train
 
 # one way is AdamW alone, which the optimizer remarks on
 pytestmark = pytest.mark.filterwarnings("ignore:GaLoreAdamW. no parameter group has a rank:RuntimeWarning")
@@ -272,3 +273,25 @@ def test_maximizing_is_minimizing_the_negated_loss(way: Way, lr: float, weight_d
         assert p.grad is not None
         assert q.grad is not None
         assert torch.equal(p.grad, -q.grad)
+
+
+@pytest.mark.parametrize("name", ["svd", "dct", "muon-int8"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_compiled_step_is_the_step(name: str) -> None:
+    """Counts of steps and turns of refreshes are numbers of Python, which a compiler takes for constants if it may."""
+
+    def after(wrap: Callable[..., Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(5))]
+        step = wrap(NAMED[name](params, lr=0.01).step)
+        # more often than torch compiles one function anew
+        for _ in range(10):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        return params
+
+    torch.compiler.reset()
+    compiled = after(lambda step: torch.compile(step, backend="eager"))
+    torch.testing.assert_close(compiled, after(lambda step: step), rtol=1e-6, atol=1e-6)
+    torch.compiler.reset()
