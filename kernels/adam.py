@@ -76,11 +76,11 @@ def adam_direction_kernel(
     left = tl.minimum(numel - start, ROWS * SIZE).to(tl.int32)
     inside = elements(ROWS, SIZE) < left
     grad = tl.load(grad_ptr + start + elements(ROWS, SIZE), mask=inside, other=0.0).to(tl.float32)
-    first = read_moment(first_ptr, first_scale_ptr, start, left, ROWS, SIZE, STORAGE, True)
-    second = read_moment(second_ptr, second_scale_ptr, start, left, ROWS, SIZE, STORAGE, False)
+    first = read_moment(first_ptr, first_scale_ptr, start, left, beta1, ROWS, SIZE, STORAGE, True)
+    second = read_moment(second_ptr, second_scale_ptr, start, left, beta2, ROWS, SIZE, STORAGE, False)
     # said which product is not rounded: two launches of other shapes get the same bits
-    first = tl.fma(grad, weight1, beta1 * first)
-    second = tl.fma(weight2 * grad, grad, beta2 * second)
+    first = tl.fma(grad, weight1, first)
+    second = tl.fma(weight2 * grad, grad, second)
     # a reciprocal is a square of this in a third of a division's instructions
     root = tl.rsqrt(tl.sqrt(second * ratio) + eps)
     direction = first * root * root
@@ -192,7 +192,7 @@ def _launch(
     if numel == 0:
         return
     grad = tensors[0]
-    block, warps = launch or launch_shape(numel, interpreted=not grad.is_cuda)
+    block, warps = launch or launch_shape(numel, interpreted=not grad.is_cuda, packed=state_dtype == "int4")
     size = ROWS_OF[state_dtype]
     # a kernel goes to the current device, which need not be the tensor's
     with torch.cuda.device(grad.get_device()):

@@ -39,30 +39,33 @@ def read_moment(
     scale_ptr,
     start,
     left,
+    factor,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     STORAGE: tl.constexpr,
     SIGNED: tl.constexpr,
 ):
-    """Return float32 (ROWS, SIZE) of the moment from element `start` on, zeros from element `start + left` on.
+    """Return float32 (ROWS, SIZE), `factor` times the moment from element `start` on, zeros from `start + left` on.
 
     What is computed is that of `reference.dequantize_` and `reference.unpack`.
     """
     inside = elements(ROWS, SIZE) < left
     if STORAGE == "float32":
-        return tl.load(kept_ptr + start + elements(ROWS, SIZE), mask=inside, other=0.0)
+        return tl.load(kept_ptr + start + elements(ROWS, SIZE), mask=inside, other=0.0) * factor
     elif STORAGE == "bfloat16":
         kept = tl.load(kept_ptr + start + elements(ROWS, SIZE), mask=inside, other=0.0)
         # a cast is no more than this, but the interpreter's loses the smallest numbers
-        return (kept.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return (kept.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True) * factor
     else:
         if STORAGE == "int8":
             codes = tl.load(kept_ptr + start + elements(ROWS, SIZE), mask=inside, other=0).to(tl.int32) & 255
         else:
             pairs, left_pairs = elements(ROWS, SIZE // 2), left - left // 2
-            pair = tl.load(kept_ptr + start // 2 + pairs, mask=pairs < left_pairs, other=0).to(tl.int32)
+            pair = tl.load(kept_ptr + start // 2 + pairs, mask=pairs < left_pairs, other=0)
+            # without a sign nothing comes down that would have to be cut off
+            pair = pair.to(tl.uint8, bitcast=True).to(tl.int32)
             # the even code is the low half
-            codes = tl.reshape(tl.join(pair & 15, (pair >> 4) & 15), (ROWS, SIZE))
+            codes = tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, SIZE))
         rows = tl.arange(0, ROWS)
         scale = tl.load(scale_ptr + start // SIZE + rows, mask=rows * SIZE < left, other=0.0)
         # the largest code
@@ -78,7 +81,8 @@ def read_moment(
             value *= value
             if STORAGE == "int8":
                 value *= value
-        return value * scale[:, None]
+        # once for all that share the scale; the largest of them is exactly that times the factor
+        return value * (scale * factor)[:, None]
 
 
 @triton.jit
@@ -106,9 +110,11 @@ def write_moment(
         rounded = stochastic(value, tl.bfloat16, seed, start.to(tl.int32) + elements(ROWS, SIZE))
         tl.store(kept_ptr + at, rounded, mask=inside)
     else:
-        # beyond the end there are zeros, or NaN in a block that is not finite before it either; as integers magnitudes
-        # have the same order, and NaN is the largest
-        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        # beyond the end there are zeros, or NaN in a block that is not finite before it either; as unsigned integers
+        # magnitudes have the same order, and NaN is the largest, with any sign
+        bits = value.to(tl.uint32, bitcast=True)
+        if SIGNED:
+            bits = bits & 0x7FFFFFFF
         scale = tl.maximum(tl.max(bits, axis=1), _TINY).to(tl.float32, bitcast=True)
         rows = tl.arange(0, ROWS)
         tl.store(scale_ptr + start // SIZE + rows, scale, mask=rows * SIZE < left)
@@ -117,8 +123,8 @@ def write_moment(
         levels: tl.constexpr = (256 if STORAGE == "int8" else 16) // (2 if SIGNED else 1) - 1
         # a maximum with NaN is the other number: where the scale says NaN or Inf, the code says nothing
         if SIGNED:
-            # the middle of k² and (k + 1)² is (k + 1/2)² + 1/4
-            size = tl.sqrt(tl.maximum(ratio * (levels * levels) - 0.25, 0.0))
+            # the middle of k² and (k + 1)² is (k + 1/2)² + 1/4; what is below 0 has a root below 1/2, if not by much
+            size = tl.sqrt(tl.abs(ratio * (levels * levels) - 0.249999))
             sign = value.to(tl.int32, bitcast=True) & -0x80000000
             size = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
             # half more, so that the sum with a negative one is whole too
@@ -130,8 +136,12 @@ def write_moment(
             # uniform in [-1/2, 1/2), away from both ends: `reference.dither`, and rounding to nearest for rounding down
             up = noise(seed, start.to(tl.int32) + elements(ROWS, SIZE)) & 0x7FF800 | 0x3F800400
             size = root * levels + (up.to(tl.float32, bitcast=True) - 1.5)
-            # what is not zero does not become zero, and no device's root leads past the last code
-            size = tl.minimum(tl.maximum(size, tl.where(ratio > 0, 1.0, 0.0)), levels) + _WHOLE
+            # what is not zero does not become zero
+            size = tl.maximum(size, tl.where(ratio > 0, 1.0, 0.0))
+            if STORAGE == "int8":
+                # by less than what there is to the next one, a device's root may lead past the last of so many
+                size = tl.minimum(size, levels)
+            size += _WHOLE
         # the low bits, in two's complement
         codes = size.to(tl.int32, bitcast=True)
         if STORAGE == "int8":
@@ -139,7 +149,10 @@ def write_moment(
         else:
             pairs, left_pairs = elements(ROWS, SIZE // 2), left - left // 2
             low, high = tl.split(tl.reshape(codes, (ROWS, SIZE // 2, 2)))
-            pair = ((low & 15) | (high << 4)).to(kept_ptr.dtype.element_ty)
+            if SIGNED:
+                low = low & 15
+            # of the others nothing but the code is in the lowest eight bits
+            pair = (low + (high << 4)).to(kept_ptr.dtype.element_ty)
             tl.store(kept_ptr + start // 2 + pairs, pair, mask=pairs < left_pairs)
 
 

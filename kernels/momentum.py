@@ -56,9 +56,9 @@ def _advanced(
     """Return M ← momentum·M + weight·G and the update: M, or momentum·M + weight·G once more."""
     inside = elements(ROWS, SIZE) < left
     grad = tl.load(grad_ptr + start + elements(ROWS, SIZE), mask=inside, other=0.0).to(tl.float32)
-    moment = read_moment(kept_ptr, scale_ptr, start, left, ROWS, SIZE, STORAGE, True)
+    moment = read_moment(kept_ptr, scale_ptr, start, left, momentum, ROWS, SIZE, STORAGE, True)
     # said which product is not rounded: both passes, and launches of other shapes, get the same bits
-    moment = tl.fma(grad, weight, momentum * moment)
+    moment = tl.fma(grad, weight, moment)
     return moment, tl.fma(grad, weight, momentum * moment) if NESTEROV else moment
 
 

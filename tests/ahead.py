@@ -25,6 +25,7 @@ class Job:
         unaligned: arguments that 16 need not divide; it divides all other pointers and integers.
         options: `num_warps` and `num_stages`.
         targets: the GPUs.
+        counted: whether the instructions of NVIDIA's are counted, which takes a disassembler.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Job:
     unaligned: tuple[str, ...] = ()
     options: dict[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = tuple(SHARED)
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Built:
     shared: int
     # the assembly: PTX or AMD's
     text: str
+    # of a thread, each counted once; None where nobody has
+    instructions: int | None = None
 
 
 _CODE = """
@@ -84,7 +88,13 @@ for name, job in json.loads((folder / "jobs.json").read_text()).items():
             keys = r"\\.(vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\\s*"
             registers = None
         spilled = {key: int(number) for key, number in re.findall(keys + r"(\\d+)", usage)}
+        instructions = None
+        if job["counted"] and target.backend == "cuda":
+            lines = subprocess.check_output([tools / "cuobjdump", "-sass", cubin], text=True)
+            named = re.findall(r"/\\*[0-9a-f]{4,5}\\*/\\s+(?:@!?U?P\\d\\s+)?([A-Z]\\w*)", lines)
+            instructions = sum(name != "NOP" for name in named)
         numbers = {"spilled": spilled, "registers": registers, "shared": built.metadata.shared, "text": text}
+        numbers["instructions"] = instructions
         found[f"{target_name} {name}"] = numbers
 (folder / "built.json").write_text(json.dumps(found))
 """

@@ -159,7 +159,7 @@ LAUNCHES = [("fp32", "fp32", False), ("bf16", "bf16", True)]
 
 
 def job(state_dtype: str, grad: str, direction: str, table: bool, whole: bool = True) -> Job:
-    block, warps = launch_shape(1 << 20, interpreted=False)
+    block, warps = launch_shape(1 << 20, interpreted=False, packed=state_dtype == "int4")
     size = moments.ROWS_OF[state_dtype]
     first = {"float32": "*fp32", "bfloat16": "*bf16"}.get(state_dtype, "*i8")
     second = first.replace("i8", "u8")
@@ -172,7 +172,9 @@ def job(state_dtype: str, grad: str, direction: str, table: bool, whole: bool = 
     unaligned = ("seed",) if whole else ("seed", "numel")
     options = {"num_warps": warps}
     targets = tuple(SHARED) if whole else ("sm_90a",)
-    return Job("adam", "adam_direction_kernel", types, constants | {"INTERPRETED": False}, unaligned, options, targets)
+    constants |= {"INTERPRETED": False}
+    counted = whole and state_dtype in ("int8", "int4")
+    return Job("adam", "adam_direction_kernel", types, constants, unaligned, options, targets, counted)
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +188,14 @@ def test_every_storage_compiles_without_spills(built: dict[str, Built]) -> None:
     assert len(built) == len(SHARED) * len(LAUNCHES) * len(STATE_DTYPES) + 2
     for name, one in built.items():
         assert_fits(name, one)
-        assert one.registers is None or one.registers <= (128 if "odd" in name else 64), name
+        # of sixteen elements, where there are eight of the others
+        most = 128 if "odd" in name else 80 if "int4" in name else 64
+        assert one.registers is None or one.registers <= most, name
 
 
-def test_accesses_are_as_wide_as_eight_elements_a_thread_let_them_be(built: dict[str, Built]) -> None:
-    """16 bytes at once of float32 and bfloat16, 8 of bytes, and 4 of two codes in a byte."""
-    wide = {"float32": "v4.b32", "bfloat16": "v4.b32", "int8": "v2.b32", "int4": "b32"}
+def test_accesses_are_as_wide_as_the_elements_of_a_thread_let_them_be(built: dict[str, Built]) -> None:
+    """Of eight elements 16 bytes at once of float32 and bfloat16, and 8 of bytes; 8 of sixteen in half a byte each."""
+    wide = {"float32": "v4.b32", "bfloat16": "v4.b32", "int8": "v2.b32", "int4": "v2.b32"}
     for name, one in built.items():
         target, kept, kind = name.split()
         if kind == "odd":
@@ -203,12 +207,21 @@ def test_accesses_are_as_wide_as_eight_elements_a_thread_let_them_be(built: dict
             assert stores >= (kind == "fp32") + 2 * (kept == "float32"), name
             assert not re.search(r"(?:global|buffer)_(?:load|store)_[us]?byte", one.text), name
             continue
-        grads = 2 if kind == "fp32" else 1
+        grads = (2 if kind == "fp32" else 1) * (2 if kept == "int4" else 1)
         for access in ("ld", "st"):
             assert f"{access}.global.{wide[kept]}" in one.text, name
             assert one.text.count(f"{access}.global.v4.b32") == grads + {"float32": 4, "bfloat16": 2}.get(kept, 0), name
             # nothing is read or written element by element but addresses, scales and what is in the table
             assert not re.search(rf"{access}\.global\.(?:b8|b16|s8|u8|u16)\b", one.text), name
+
+
+def test_the_time_of_coded_moments_goes_into_few_instructions(built: dict[str, Built]) -> None:
+    """On an H200 these kernels wait for nothing else: with 67 an element at .82 of a copy's speed, with 70 at .68."""
+    for name, most in (("int8 fp32", 66), ("int4 fp32", 61)):
+        block, warps = launch_shape(1 << 20, interpreted=False, packed="int4" in name)
+        instructions = built[f"sm_90a {name}"].instructions
+        assert instructions is not None
+        assert 32 * warps * instructions / block <= most
 
 
 def test_what_ships_is_what_is_imported() -> None:
