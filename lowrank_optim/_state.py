@@ -71,15 +71,39 @@ def rate(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr
 
 
+# of a state tensor: its name, shape, dtype and device, the last None where the host reads it
+Need = tuple[str, torch.Size, torch.dtype, torch.device | None]
+
+
+def needs(rule: Rule, p: Tensor) -> list[Need]:
+    """Return what a rule keeps for parameters like this."""
+    wanted = rule.init(p.shape, shapes(p)).items()
+    return [(name, x.shape, x.dtype, None if _on_the_host(name) else p.device) for name, x in wanted]
+
+
+def fits(state: State | None, needs: list[Need]) -> bool:
+    """Return whether all that is needed is there, and where it is needed."""
+    if not state:
+        return False
+    for name, shape, dtype, device in needs:
+        kept = state.get(name)
+        if kept is None or kept.shape != shape or kept.dtype != dtype or (device is not None and kept.device != device):
+            return False
+    return True
+
+
+def _on_the_host(name: str) -> bool:
+    # what further blocks of a split keep has a number at the end
+    return name.rstrip("_0123456789") in HOST
+
+
 def strayed(state: State, p: Tensor) -> tuple[bool, bool]:
     """Return whether a state is elsewhere than its parameter, and whether it holds the other kind of numbers."""
     device, other = p.device, torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
     moved = recast = False
     for name, value in state.items():
-        # what further blocks of a split keep has a number at the end
-        if name in HOST or name.rstrip("_0123456789") in HOST:
-            continue
-        moved, recast = moved or value.device != device, recast or value.dtype == other
+        if not _on_the_host(name):
+            moved, recast = moved or value.device != device, recast or value.dtype == other
     return moved, recast
 
 

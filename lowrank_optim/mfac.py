@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_optim import bases
 from lowrank_optim._checks import check_choice, check_momentum, check_rank, require
-from lowrank_optim._state import pairs, shapes
+from lowrank_optim._state import needs, pairs, shapes
 from lowrank_optim._types import State, compute_dtype, matrix_shape
 from lowrank_optim.gram import Ring, check_numbers
 from lowrank_optim.optimizer import Group, RuleOptimizer, StateDict
@@ -228,14 +228,16 @@ class MFAC(RuleOptimizer):
 
     def _chunks(self, group: Group) -> Iterator[tuple[Preconditioned, list[Tensor]]]:
         """Yield what shares a window: with it, what has no gradient now and is in the window still."""
-        for params in self._shared(group, list(self._present(group))):
+        present = list(self._present(group))
+        for p in present:
+            self._follow(p, group)
+        for params in self._shared(group, present):
             for p in params:
                 if p.grad is None:
-                    # the others have been followed when they were found to be there
                     self._follow(p, group)
             rules = [self._rule(group, p) for p in params]
             for rule, p in zip(rules, params, strict=True):
-                self._check_kept(rule, [p])
+                self._check_kept(p, needs(rule, p))
             _check_led([self.state[p] for p in params], group)
             self._rebuild(group, params)
             absent = frozenset(i for i, p in enumerate(params) if p.grad is None)

@@ -201,34 +201,36 @@ class RuleOptimizer(torch.optim.Optimizer):
             buckets.setdefault(_state.alike(p), []).append(p)
         for params in buckets.values():
             rule = self._rule(group, params[0])
-            self._check_kept(rule, params)
+            needs = _state.needs(rule, params[0])
+            for p in params:
+                if not _state.fits(self.state.get(p), needs):
+                    self._follow(p, group)
+                    self._check_kept(p, needs)
             size = _state.together(rule, params[0], self.chunk_bytes)
             for start in range(0, len(params), size):
                 yield rule, params[start : start + size]
 
     def _present(self, group: Group) -> Iterator[Tensor]:
-        """Yield the parameters that have a gradient, whose state is there then, and where they are."""
+        """Yield the parameters that have a gradient."""
         for p in group["params"]:
             grad = p.grad
             if grad is not None:
                 if grad.layout != torch.strided:
                     owner = type(self).__name__
                     raise RuntimeError(f"{owner} does not support sparse gradients; use torch.optim.SparseAdam")
-                self._follow(p, group)
                 yield p
 
-    def _check_kept(self, rule: Rule, params: list[Tensor]) -> None:
+    def _check_kept(self, p: Tensor, needs: list[_state.Need]) -> None:
         """Raise RuntimeError where a group's numbers ask for another state than is kept; nothing is updated then."""
-        for name, need in rule.init(params[0].shape, shapes(params[0])).items():
-            for p in params:
-                kept = self.state[p].get(name)
-                if kept is None or kept.shape != need.shape or kept.dtype != need.dtype:
-                    have = "missing" if kept is None else f"{kept.dtype} of shape {tuple(kept.shape)}"
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the rank, the state_dtype, the role or another key of a group has "
-                        f"changed since its state was made: {name} is {have}, and needs {need.dtype} of shape "
-                        f"{tuple(need.shape)}; make a new optimizer, or keep the group as it was"
-                    )
+        for name, shape, dtype, _ in needs:
+            kept = self.state[p].get(name)
+            if kept is None or kept.shape != shape or kept.dtype != dtype:
+                have = "missing" if kept is None else f"{kept.dtype} of shape {tuple(kept.shape)}"
+                raise RuntimeError(
+                    f"{type(self).__name__}: the rank, the state_dtype, the role or another key of a group has "
+                    f"changed since its state was made: {name} is {have}, and needs {dtype} of shape "
+                    f"{tuple(shape)}; make a new optimizer, or keep the group as it was"
+                )
 
     def _gradient(self, p: Tensor, group: Group, *, as_is: bool = False) -> Tensor:
         """Return what descends, in the dtype of the mathematics or as it is."""
