@@ -144,14 +144,23 @@ class Projected:
         return (1 + self.residual.held) * whole + max(2 * whole, whole + 2 * coords, inner)
 
     def need_as_is(self, shape: Sequence[int]) -> int:
-        """Count coordinates, directions, and a rounded basis or coefficients that columns are selected from.
+        """Count coordinates in 32 bits, and in 16 directions and a rounded basis, or what columns are selected from.
 
         Gradients are there, and updates are never formed.
         """
-        matrix = matrix_shape(shape)
-        # of 16 bits, where the others are counted as 32
-        whole = math.prod(matrix) // 2 if hasattr(self.basis, "adam_directions_") else 0
-        return 2 * math.prod(self.basis.coords_shape(matrix)) + max(whole, self.basis.numel(matrix))
+        m, n = matrix_shape(shape)
+        rows, columns = self.basis.coords_shape((m, n))
+        coords, side = rows * columns, self.basis.side
+        # in halves of a number
+        halves = 3 * coords + self.basis.numel((m, n))
+        if side == "both":
+            # one factor of an update, in 32 bits
+            halves += 2 * rows * n
+        if hasattr(self.basis, "adam_directions_"):
+            # all coefficients, from the left those of a copy that is turned, and the columns that lift some of them
+            selected, all_there = (columns * n, m * n) if side == "right" else (rows * m, 2 * m * n)
+            halves = selected + max(all_there + coords, 3 * coords)
+        return -(-halves // 2)
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
         project_all = getattr(self.basis, "project_all", None)

@@ -179,3 +179,24 @@ def test_a_step_that_fails_in_the_middle_has_counted_what_it_has_written(monkeyp
     written = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
     assert written == [True, True, False, False]
     assert [int(opt.state[p]["step"]) for p in params] == written
+
+
+@pytest.mark.parametrize(
+    ("options", "halves"),
+    [
+        # coordinates in 32 bits and directions in 16, and the basis in 16
+        ({"basis": "svd"}, 3 * 96 * 8 + 8 * 40),
+        ({"basis": "svd", "proj_type": "left"}, 3 * 8 * 40 + 96 * 8),
+        # and a factor (8, 40) of the update in 32
+        ({"basis": "svd", "proj_type": "full"}, 3 * 8 * 8 + 8 * (96 + 40) + 2 * 8 * 40),
+        # coefficients, directions, columns
+        ({"basis": "dct"}, 96 * 40 + 96 * 8 + 8 * 40),
+        # those of a copy that is turned
+        ({"basis": "dct", "proj_type": "left"}, 2 * 96 * 40 + 8 * 40 + 8 * 96),
+    ],
+)
+def test_what_a_chunk_holds_is_counted(options: dict[str, Any], halves: int) -> None:
+    p = nn.Parameter(torch.zeros(96, 40).bfloat16())
+    opt = GaLoreAdamW([p], rank=8, **options)
+    rule: Any = opt._rule(opt.param_groups[0], p)
+    assert rule.need_as_is(p.shape) == halves // 2
