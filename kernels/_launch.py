@@ -12,8 +12,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 ELEMENTWISE = (1024, 4)
 # the same where little is read and little is computed
 WIDE = (2048, 4)
-# the same for moments in 4 bits, whose time goes into instructions: compiled for sm_90a it takes 59 an element so, and
-# 65 by the shape above (no time has been measured yet)
+# the same for moments in 4 bits, whose time goes into instructions: compiled for sm_90a it takes 60 an element so, and
+# 66 by the shape above (no time has been measured yet)
 PACKED = (2048, 4)
 # the interpreter pays for each program, not for each element
 INTERPRETED = (1 << 16, 1)

@@ -100,24 +100,39 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
+# devices, and whether kernels run there
+_tried: dict[torch.device, bool] = {}
+
+
 @_constant
 def _ready(device: torch.device) -> bool:
     """Return whether kernels run on a CUDA device, which is tried once; a warning says why they do not."""
-    if not _has_triton() or _device(device)[1] < 80:
-        return False
-    # where a tensor only stands for one there is nothing to try
-    if torch.cuda.is_available() and not is_in_torch_dispatch_mode():
-        try:
-            smallest = importlib.import_module("lowrank_optim.kernels.cast")
-            smallest.cast(torch.zeros(16, dtype=torch.bfloat16, device=device), torch.float16)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            warn_once(
-                f"plain torch computes on {device}, several times slower, because no Triton kernel compiles or runs "
-                f"there ({why}); backend('torch') chooses that without a warning (said once)"
-            )
+    if device not in _tried:
+        if not _has_triton() or _device(device)[1] < 80:
+            _tried[device] = False
             return False
+        some = torch.zeros(16, dtype=torch.bfloat16, device=device) if torch.cuda.is_available() else None
+        if type(some) is not Tensor:
+            # what only stands for a tensor can not be tried, and need not be
+            return True
+        _tried[device] = _runs(some)
+    return _tried[device]
+
+
+def _runs(some: Tensor) -> bool:
+    """Return whether the smallest kernel compiles and runs."""
+    try:
+        importlib.import_module("lowrank_optim.kernels.cast").cast(some, torch.float16)
+    except torch.OutOfMemoryError:
+        # not for good
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warn_once(
+            f"plain torch computes on {some.device}, several times slower, because no Triton kernel compiles or runs "
+            f"there ({why}); backend('torch') chooses that without a warning (said once)"
+        )
+        return False
     return True
 
 

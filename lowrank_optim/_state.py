@@ -102,7 +102,8 @@ def strayed(state: State, p: Tensor) -> tuple[bool, bool]:
     device, other = p.device, torch.float32 if compute_dtype(p) == torch.float64 else torch.float64
     moved = recast = False
     for name, value in state.items():
-        if not _on_the_host(name):
+        # a user may keep something else there
+        if isinstance(value, Tensor) and not _on_the_host(name):
             moved, recast = moved or value.device != device, recast or value.dtype == other
     return moved, recast
 

@@ -159,7 +159,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raise ValueError where a schedule or a user has put a value out of range into a group since it was made."""
         for place, group in enumerate(self.param_groups):
             said = {key: value for key, value in group.items() if key not in ("params", "lr")}
-            said = {key: value for key, value in said.items() if type(value) is not Tensor}
+            # a list may be written to
+            said = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if type(v) is not Tensor}
             if self._checked.get(place) != said:
                 # values, not keys: schedulers keep their own there
                 self._check(group, {**self.defaults, **group})
@@ -264,7 +265,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             need = self._rule(group, p).init(p.shape, shapes(p))
             recast = any(name in need and value.dtype != need[name].dtype for name, value in state.items())
         if recast or moved:
-            lost = any(value.is_meta for value in state.values())
+            lost = any(isinstance(value, Tensor) and value.is_meta for value in state.values())
             self.state[p] = filled(self._new_state(p, group), {} if lost else state)
 
     def _check_loadable(self, loaded: StateDict) -> None:

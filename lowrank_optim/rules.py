@@ -160,7 +160,9 @@ class Projected:
             # all coefficients, from the left those of a copy that is turned, and the columns that lift some of them
             selected, all_there = (columns * n, m * n) if side == "right" else (rows * m, 2 * m * n)
             halves = selected + max(all_there + coords, 3 * coords)
-        return -(-halves // 2)
+        # Adam advances what is kept; what steers holds copies
+        inner = self.inner.need((rows, columns))
+        return max(-(-halves // 2), inner if inner > 3 * coords else 0)
 
     def _coords(self, states: list[State], seen: list[Tensor], known: list[Tensor | None]) -> list[Tensor]:
         project_all = getattr(self.basis, "project_all", None)

@@ -440,6 +440,14 @@ def test_a_value_that_is_changed_later_is_checked():
     with pytest.raises(ValueError, match="carry: 'Rotate'"):
         opt.step()
     assert torch.equal(p, before)
+    opt.param_groups[0] |= {"carry": "keep", "betas": [0.9, 0.999]}
+    opt.step()
+    before = p.detach().clone()
+    # in place, as a schedule of momentum may do
+    opt.param_groups[0]["betas"][1] = 2.0
+    with pytest.raises(ValueError, match="betas"):
+        opt.step()
+    assert torch.equal(p, before)
 
 
 def test_a_group_that_is_added_later_names_its_own_rank():

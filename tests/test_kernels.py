@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_optim import GaLoreAdamW, backend
 
@@ -186,13 +187,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from lowrank_optim._warn import warn_once
 
     def forget() -> None:
-        _backend._ready.cache_clear()
+        _backend._tried.clear()
         warn_once.cache_clear()
 
     forget()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_backend, "_device", lambda _: (132, 90))
-    # tensors on it are not there
+    # its tensors are a CPU's
     real = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: real(*shape, **how))
     yield
@@ -212,12 +213,32 @@ def test_where_no_kernel_compiles_torch_computes_and_says_why_once(monkeypatch: 
 
     monkeypatch.setattr(cast, "cast", fails)
     first, second = (torch.device("cuda", i) for i in range(2))
-    with pytest.warns(RuntimeWarning, match=r"plain torch .* cuda:0, .*\(RuntimeError: Failed to find C compiler.\)"):
+    # a memory estimate before the first step tries nothing, and remembers nothing
+    with FakeTensorMode():
+        assert _backend._ready(first)
+    assert tried == []
+    with pytest.warns(RuntimeWarning, match=r"plain torch .* \(RuntimeError: Failed to find C compiler.\)"):
         assert not _backend._ready(first)
     assert not _backend._ready(first)
     assert tried == [1]
-    with pytest.warns(RuntimeWarning, match="cuda:1"):
-        assert not _backend._ready(second)
+    assert not _backend._ready(second)
+    assert tried == [1, 1]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_device_that_is_full_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowrank_optim import _backend
+    from lowrank_optim.kernels import cast
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cast, "cast", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _backend._ready(device)
+    monkeypatch.setattr(cast, "cast", lambda *_: None)
+    assert _backend._ready(device)
 
 
 @interpreted
