@@ -49,7 +49,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 # what Triton's driver calls, and how: all succeed, and what is asked for is there
 _DRIVER = r"""
 #include "cuda.h"
-#include <string.h>
 static int thing;
 CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)&thing; return 0; }
 CUresult cuCtxSetCurrent(CUcontext c) { return 0; }
@@ -75,11 +74,7 @@ CUresult cuGetErrorString(CUresult e, const char **s) { *s = "none"; return 0; }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **a, void **e) { return 0; }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)&thing; return 0; }
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { *f = (CUfunction)&thing; return 0; }
-CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return 0; }
 CUresult cuPointerGetAttribute(void *v, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)v = p; return 0; }
-CUresult cuTensorMapEncodeTiled(CUtensorMap *m, CUtensorMapDataType t, cuuint32_t r, void *p, const cuuint64_t *a,
-    const cuuint64_t *b, const cuuint32_t *c, const cuuint32_t *d, CUtensorMapInterleave i, CUtensorMapSwizzle s,
-    CUtensorMapL2promotion l, CUtensorMapFloatOOBfill f) { memset(m, 0, sizeof *m); return 0; }
 """
 
 

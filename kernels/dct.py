@@ -278,7 +278,7 @@ def _readable(xs: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
         return out
     n, m = x.shape
     many = len(xs) > 1
-    table = device_table(((other.data_ptr(),) for other in xs), "q", x.device) if many else x
+    table = device_table(zip(*pointers(xs)[0], strict=True), "q", x.device) if many else x
     tiles = triton.cdiv(m, _TILE) * triton.cdiv(n, _TILE)
     transpose_kernel[(tiles, len(xs))](x, out, table, m, n, strides[1], TILE=_TILE, TABLE=many)
     return out

@@ -7,7 +7,7 @@ that stay on the device, which a graph would make at each call, and all of them 
 
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from ._moments_operations import stored_adam_directions_ as stored_adam_directio
 from ._operation import nothing, operation, rates
 from ._rounding import wrapped
 from .apply import apply_ as _apply
-from .dct import dct_energies as _dct
 from .dct import supports as _supports
 from .factored_add import apply_sum_ as _apply_sum
 from .normalized import normalized as _normalized
@@ -61,16 +60,12 @@ def normalized(x: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     return _normalized(x, eps=eps, dtype=dtype)
 
 
-def _fake_dct(x: Tensor, dim: int, *, out_dtype: torch.dtype, ranking: str = "l2") -> tuple[Tensor, Tensor]:
-    shape = x.shape if dim == -1 else x.mT.shape
-    out = torch.empty(shape, dtype=out_dtype, device=x.device)
-    return out if dim == -1 else out.mT, torch.empty(shape[1], dtype=torch.float32, device=x.device)
-
-
-@operation("dct_energies", _fake_dct, opaque=True)
-def dct_energies(x: Tensor, dim: int, *, out_dtype: torch.dtype, ranking: str = "l2") -> tuple[Tensor, Tensor]:
+def dct_energies(
+    x: Tensor, dim: int, *, out_dtype: torch.dtype, ranking: Literal["l2", "l1"] = "l2"
+) -> tuple[Tensor, Tensor]:
     """Do as `dct.dct_energies`."""
-    return _dct(x, dim, out_dtype=out_dtype, ranking="l1" if ranking == "l1" else "l2")
+    out, energies = all_dct_energies([x], dim, out_dtype=out_dtype, ranking=ranking)
+    return out.squeeze(0), energies.squeeze(0)
 
 
 def supports(n: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -51,11 +51,11 @@ def together(rule: Rule, p: Tensor, chunk_bytes: int) -> int:
     """Return how many parameters like this are stepped at once."""
     count = getattr(rule, "need_as_is", rule.need) if as_is(rule, p) else rule.need
     need = max(1, count(p.shape) * compute_dtype(p).itemsize)
-    return max(1, chunk_bytes * (chunks_at_once(p.device) if p.is_cuda else 1) // need)
+    return max(1, chunk_bytes * (_chunks_at_once(p.device) if p.is_cuda else 1) // need)
 
 
 @functools.cache
-def chunks_at_once(device: torch.device) -> int:
+def _chunks_at_once(device: torch.device) -> int:
     """Return how many times `chunk_bytes` a step takes on a GPU, which waits for the host unless it is handed much.
 
     One for each 8 GiB: with the usual 64 MiB, one byte in 128 of what activations have left when a step begins.

@@ -223,9 +223,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check_kept(self, p: Tensor, needs: list[_state.Need]) -> None:
         """Raise RuntimeError where a group's numbers ask for another state than is kept; nothing is updated then."""
-        for name, shape, dtype, _ in needs:
-            kept = self.state[p].get(name)
-            if kept is None or kept.shape != shape or kept.dtype != dtype:
+        for need in needs:
+            if not _state.fits(self.state[p], [need]):
+                name, shape, dtype, _ = need
+                kept = self.state[p].get(name)
                 have = "missing" if kept is None else f"{kept.dtype} of shape {tuple(kept.shape)}"
                 raise RuntimeError(
                     f"{type(self).__name__}: the rank, the state_dtype, the role or another key of a group has "

@@ -199,14 +199,15 @@ class Recorded:
         return self.operation(*args, **kwargs)
 
 
+# that of one matrix is the operation of many
 @interpreted
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "dct_energies"])
 def test_torch_finds_nothing_wrong_with_an_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schema says what it writes to, and a fake result is like the real one."""
     from lowrank_optim.kernels import registered
 
     # some functions sort their arguments before they call the operation
-    inner = name if name in ("symmetric", "normalized", "dct_energies") else f"_{name}"
+    inner = name if name in ("symmetric", "normalized") else f"_{name}"
     room = registered if inner == name else sys.modules[getattr(registered, name).__module__]
     recorded = Recorded(getattr(room, inner))
     monkeypatch.setattr(room, inner, recorded)
@@ -463,7 +464,7 @@ def test_a_compiler_sees_the_launches_and_what_each_writes(alone: dict[str, Any]
         "apply_": [[FUNCTIONAL, "param_ptr"]],
         "transposed": [[FUNCTIONAL, "param_ptr"]],
         "apply_sum_": [[FUNCTIONAL, "param_ptr"]],
-        "dct_energies": [["lowrank_optim.dct_energies.default"]],
+        "dct_energies": [["lowrank_optim.all_dct_energies.default"]],
         "dct_adam": [
             ["lowrank_optim.all_dct_energies.default"],
             ["lowrank_optim.select_columns_.default"],
@@ -474,7 +475,7 @@ def test_a_compiler_sees_the_launches_and_what_each_writes(alone: dict[str, Any]
         "symmetric": [[FUNCTIONAL, "out_ptr"]],
         "normalized": normalized_graph,
         "apply_": [[FUNCTIONAL, "param_ptr"]],
-        "dct_energies": [["lowrank_optim.dct_energies.default"]],
+        "dct_energies": [["lowrank_optim.all_dct_energies.default"]],
     }
 
 
